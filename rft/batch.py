@@ -1,0 +1,111 @@
+"""From a plan to requests, from rollouts to groups, and from groups to optimizer steps."""
+
+from __future__ import annotations
+
+from collections import defaultdict
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Protocol
+
+import numpy as np
+import numpy.typing as npt
+
+from rft.config.schema import Config
+from rft.learner.advantages import Advantage
+from rft.records import Plan, Request, Rollout, Sampling, Score, Totals
+from rft.records import Sequence as TrainSequence
+from rft.seeding import derive
+from rft.tasks.pool import TaskPool
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A task's rollouts in one step, and their scores; groups may differ in size."""
+
+    task: str
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+
+    @property
+    def rewards(self) -> npt.NDArray[np.float64]:
+        """[G]"""
+        return np.array([score.reward for score in self.scores])
+
+
+class Transform(Protocol):
+    """Decides which groups are trained on; applied after scoring and observing."""
+
+    def __call__(self, groups: list[Group]) -> list[Group]:
+        """The groups to train on; none is a logged skip of the optimizer step."""
+        ...
+
+
+class DropZeroVariance:
+    """Drop groups whose rewards are all equal, so that they leave the loss's denominators too.
+
+    Without it they cost no compute either (their advantage is 0), but they count in the totals.
+    """
+
+    def __call__(self, groups: list[Group]) -> list[Group]:
+        return [group for group in groups if np.ptp(group.rewards) > 0]
+
+
+def make_requests(
+    config: Config, pool: TaskPool, plan: Plan, groups: Sequence[Group]
+) -> list[Request]:
+    """What the plan means for the engines; a task planned again continues its group's numbers."""
+    sampling = Sampling(config.rollout.temperature, config.rollout.max_tokens)
+    have = {group.task: len(group.rollouts) for group in groups}
+    requests = []
+    for task, n in plan.requests:
+        first = have.get(task, 0)
+        seeds = tuple(
+            derive(config.seed, "rollout", plan.step, task, i) for i in range(first, first + n)
+        )
+        requests.append(Request(task, pool.prompt_ids[pool.index(task)], seeds, sampling, first))
+        have[task] = first + n
+    return requests
+
+
+def group_by_task(
+    groups: Sequence[Group], rollouts: Sequence[Rollout], scores: Sequence[Score]
+) -> list[Group]:
+    """`groups` with new rollouts and their scores added, in order of first appearance."""
+    members: dict[str, list[tuple[Rollout, Score]]] = defaultdict(list)
+    for group in groups:
+        members[group.task] += zip(group.rollouts, group.scores, strict=True)
+    for rollout, score in zip(rollouts, scores, strict=True):
+        members[rollout.task].append((rollout, score))
+    return [
+        Group(task, tuple(r for r, _ in pairs), tuple(s for _, s in pairs))
+        for task, pairs in members.items()
+    ]
+
+
+def make_updates(
+    config: Config, advantage: Advantage, groups: Sequence[Group], *, all_rollouts: bool
+) -> list[tuple[list[TrainSequence], Totals]]:
+    """Sequences and denominators of each optimizer step on these groups.
+
+    Unless `all_rollouts` (the objective has a KL term), a rollout whose advantage is 0 cannot move
+    the policy. It is left out of the computation, but counts in the totals, so the gradient is as
+    if it had been computed.
+    """
+    count = min(config.learner.updates, len(groups))
+    updates = []
+    for part in range(count):
+        sequences: list[TrainSequence] = []
+        tokens = rows = 0
+        for group in groups[part::count]:
+            rows += len(group.rollouts)
+            tokens += sum(len(rollout.response_ids) for rollout in group.rollouts)
+            pairs = zip(group.rollouts, advantage(group.rewards), strict=True)
+            sequences += [_sequence(r, float(a)) for r, a in pairs if a != 0.0 or all_rollouts]
+        if sequences:
+            updates.append((sequences, Totals(tokens, rows, config.rollout.max_tokens)))
+    return updates
+
+
+def _sequence(rollout: Rollout, advantage: float) -> TrainSequence:
+    tokens = np.array([*rollout.prompt_ids, *rollout.response_ids], dtype=np.int32)
+    return TrainSequence(tokens, len(rollout.response_ids), advantage, rollout.behaviour_logp)

@@ -1,0 +1,89 @@
+"""Where parts live. A part is a plain class; a cluster makes a worker of it and calls its methods.
+
+Two clusters share this protocol: `inline` runs every part in this process, for a debugger, and
+`ray` gives each part a process of its own. What is done with the parts is written once.
+"""
+
+from __future__ import annotations
+
+import importlib
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+
+class Handle(Protocol):
+    """One worker. `call` starts a method and returns something for `Cluster.gather`; it may also
+    be passed to another worker's `call` as an argument, where its value arrives."""
+
+    name: str
+
+    def call(self, method: str, *args: Any) -> Any: ...
+
+
+class Cluster(Protocol):
+    """Makes workers, waits for them, and ends them."""
+
+    def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> Handle:
+        """Start building `target`, a dotted class, with `kwargs` in a worker called `name`."""
+        ...
+
+    def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
+        """The values of `pending`. Raises `PartDied` if a worker ends or `deadline` seconds pass
+        first, and passes on a worker's own `RftError`."""
+        ...
+
+    def host(self, handle: Handle) -> str:
+        """The address at which other workers reach this one's machine."""
+        ...
+
+    def kill(self, handle: Handle) -> None:
+        """End a worker at once."""
+        ...
+
+    def close(self) -> None:
+        """End every worker and whatever the cluster started."""
+        ...
+
+
+def locate(target: str) -> Any:
+    """The class or function at a dotted path."""
+    module, _, name = target.rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+@dataclass(frozen=True)
+class Done:
+    """A value that is already there."""
+
+    value: Any
+
+
+class InlineHandle:
+    """A part in this process."""
+
+    def __init__(self, name: str, part: Any) -> None:
+        self.name, self._part = name, part
+
+    def call(self, method: str, *args: Any) -> Done:
+        args = tuple(a.value if isinstance(a, Done) else a for a in args)
+        return Done(getattr(self._part, method)(*args))
+
+
+class InlineCluster:
+    """Everything in this process, one call after another."""
+
+    def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> InlineHandle:
+        return InlineHandle(name, locate(target)(**kwargs))
+
+    def gather(self, pending: Sequence[Done], *, what: str, deadline: float) -> list[Any]:
+        return [done.value for done in pending]
+
+    def host(self, handle: Handle) -> str:
+        return "127.0.0.1"
+
+    def kill(self, handle: Handle) -> None:
+        """Nothing to end: the part dies with this process."""
+
+    def close(self) -> None:
+        """Nothing was started."""

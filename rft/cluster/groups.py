@@ -1,0 +1,239 @@
+"""What the loop talks to: engines, learner ranks, scheduler and verifiers as groups of workers.
+
+Written once over `Handle` and `Cluster`, so inline and Ray runs take the same path.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import numpy.typing as npt
+
+from rft.cluster.base import Cluster, Handle
+from rft.errors import PartDied, RftError
+from rft.learner.packing import assign
+from rft.learner.worker import Update
+from rft.records import Outcome, Plan, Receipt, Request, Rollout, Score, Totals
+from rft.records import Sequence as TrainSequence
+from rft.rewards.pool import Item
+
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
+"""Largest gap between learner's and engine's log-prob of one probe token: two implementations in
+one dtype differ by rounding, stale or half-loaded weights by more."""
+
+
+class Engines:
+    """All rollout engines: requests spread over them, one proof that they hold new weights."""
+
+    def __init__(self, cluster: Cluster, handles: list[Handle], deadline: float) -> None:
+        self._cluster, self._handles, self._deadline = cluster, handles, deadline
+
+    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
+        """Every rollout, in the order of requests, whatever engine made it."""
+        shares: list[list[int]] = [[] for _ in self._handles]
+        load = np.zeros(len(self._handles))
+        for i, request in enumerate(requests):
+            engine = int(load.argmin())
+            shares[engine].append(i)
+            load[engine] += (
+                len(request.prompt_ids) + len(request.seeds) * request.sampling.max_tokens
+            )
+        pending = [
+            handle.call("generate", [requests[i] for i in share])
+            for handle, share in zip(self._handles, shares, strict=True)
+        ]
+        results = self._gather(pending, "generation")
+        rollouts: list[list[Rollout]] = [[] for _ in requests]
+        for share, result in zip(shares, results, strict=True):
+            rest = iter(result)
+            for i in share:
+                rollouts[i] = [next(rest) for _ in requests[i].seeds]
+        return [rollout for group in rollouts for rollout in group]
+
+    def load(self, bundle: Any) -> list[Receipt]:
+        """Give every engine the bundle, a pending value of the learner's; their receipts."""
+        pending = [handle.call("load_weights", bundle) for handle in self._handles]
+        return self._gather(pending, "the weight update")
+
+    def logprobs(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
+        """Each engine's log-probs of the probe."""
+        return self._gather([h.call("logprobs", tokens) for h in self._handles], "the probe")
+
+    def sleep(self) -> None:
+        """Give GPU memory to the learner."""
+        self._gather([h.call("sleep") for h in self._handles], "engines falling asleep")
+
+    def wake(self) -> None:
+        """Take GPU memory back."""
+        self._gather([h.call("wake") for h in self._handles], "engines waking up")
+
+    def close(self) -> None:
+        self._gather([h.call("close") for h in self._handles], "engines closing")
+
+    def _gather(self, pending: list[Any], what: str) -> list[Any]:
+        return self._cluster.gather(pending, what=what, deadline=self._deadline)
+
+
+class Learner:
+    """All learner ranks, driven together."""
+
+    def __init__(
+        self, cluster: Cluster, handles: list[Handle], *, token_budget: int, deadline: float
+    ) -> None:
+        self._cluster, self._handles = cluster, handles
+        self._token_budget, self._deadline = token_budget, deadline
+        self.needs_reference = False
+        """Whether the objective has a KL term; known after `start`."""
+
+    def start(self, port: int, resume: Path | None) -> None:
+        """Bring the ranks together and load the policy, or what a checkpoint holds."""
+        host = self._cluster.host(self._handles[0])
+        if len(self._handles) > 1:
+            (port,) = self._gather([self._handles[0].call("open", host, port)], "rendezvous")
+        found = self._all("start", host, port, resume, what="the learner's start")
+        self.needs_reference = found[0]
+
+    def learn(
+        self, updates: Sequence[tuple[list[TrainSequence], Totals]], lr: float
+    ) -> list[dict[str, float]]:
+        """One optimizer step per update; sums over all ranks of each."""
+        shares: list[list[Update]] = [[] for _ in self._handles]
+        for sequences, totals in updates:
+            plan = assign(
+                [len(s.tokens) for s in sequences],
+                ranks=len(self._handles),
+                token_budget=self._token_budget,
+            )
+            for share, batches in zip(shares, plan, strict=True):
+                micro = [[sequences[i] for i in batch] for batch in batches]
+                share.append(Update(micro, totals))
+        pending = [h.call("learn", s, lr) for h, s in zip(self._handles, shares, strict=True)]
+        ranks = self._gather(pending, "an optimizer step")
+        return [_merge(list(update)) for update in zip(*ranks, strict=True)]
+
+    def publish(self, version: int) -> tuple[Any, Receipt]:
+        """The policy's weights as a pending value for `Engines.load`, and what they must answer."""
+        bundle, *_ = pending = [h.call("publish", version) for h in self._handles]
+        # The bundle itself stays where it is; only what it should be comes to this process.
+        (receipt,) = self._gather([self._handles[0].call("published")], "publishing weights")
+        self._gather(pending[1:], "publishing weights")
+        return bundle, receipt
+
+    def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
+        """The policy's log-probs of the probe."""
+        result: npt.NDArray[np.float32] = self._all("logprobs", tokens, what="the probe")[0]
+        return result
+
+    def save(self, folder: Path) -> None:
+        """Write policy and optimizer into a checkpoint's folder."""
+        self._all("save", folder, what="writing a checkpoint")
+
+    def close(self) -> None:
+        self._all("close", what="the learner closing")
+
+    def _all(self, method: str, *args: Any, what: str) -> list[Any]:
+        return self._gather([h.call(method, *args) for h in self._handles], what)
+
+    def _gather(self, pending: list[Any], what: str) -> list[Any]:
+        return self._cluster.gather(pending, what=what, deadline=self._deadline)
+
+
+class SchedulerClient:
+    """The scheduler's worker. If it is killed it is started again from its folder: planning is
+    repeatable and an observation that was journaled is not counted twice, so calls are repeated."""
+
+    RESTARTS = 3
+    DEADLINE = 120.0
+
+    def __init__(self, cluster: Cluster, spawn: Callable[[], Handle]) -> None:
+        self._cluster, self._spawn = cluster, spawn
+        self._handle = spawn()
+        self._restarts = 0
+
+    def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
+        plan: Plan = self._call("plan", step, round, list(so_far))
+        return plan
+
+    def observe(self, step: int, outcomes: Sequence[Outcome]) -> dict[str, float]:
+        metrics: dict[str, float] = self._call("observe", step, list(outcomes))
+        return metrics
+
+    def snapshot(self) -> Path:
+        path: Path = self._call("snapshot")
+        return path
+
+    def close(self) -> None:
+        self._call("close")
+
+    def _call(self, method: str, *args: Any) -> Any:
+        while True:
+            try:
+                pending = [self._handle.call(method, *args)]
+                return self._cluster.gather(
+                    pending, what=f"the scheduler's {method}", deadline=self.DEADLINE
+                )[0]
+            except PartDied:
+                if self._restarts == self.RESTARTS:
+                    raise
+                self._restarts += 1
+                self._cluster.kill(self._handle)  # a hung one must not write the journal too
+                self._handle = self._spawn()
+
+
+class Verifiers:
+    """The worker that holds the verifier pool."""
+
+    def __init__(self, cluster: Cluster, handle: Handle, timeout: float) -> None:
+        self._cluster, self._handle, self._timeout = cluster, handle, timeout
+
+    def score(self, items: Sequence[Item]) -> list[Score]:
+        """One score an item, in order."""
+        # The pool keeps each item's own deadline; this one only bounds a lost pool.
+        deadline = 60.0 + self._timeout * (len(items) + 1)
+        pending = [self._handle.call("score", list(items))]
+        scores: list[Score] = self._cluster.gather(pending, what="scoring", deadline=deadline)[0]
+        return scores
+
+    def close(self) -> None:
+        self._cluster.gather([self._handle.call("close")], what="verifiers closing", deadline=30.0)
+
+
+def prove(
+    engines: Engines, learner: Learner, tokens: npt.NDArray[np.int32], version: int, dtype: str
+) -> float:
+    """Publish weights and prove that every engine has them; returns the largest probe gap.
+
+    The proof: each engine answers with the version and the checksum that the learner sent, and
+    its log-probs of the probe agree with the learner's. Raises `RftError` saying what did not.
+    """
+    bundle, sent = learner.publish(version)
+    for engine, receipt in enumerate(engines.load(bundle)):
+        if receipt != sent:
+            raise RftError(
+                f"engine {engine} answered {receipt} to the weights {sent}: the update did not "
+                "reach it whole; resume from the last checkpoint"
+            )
+    expected = learner.logprobs(tokens)
+    gap = 0.0
+    for engine, found in enumerate(engines.logprobs(tokens)):
+        gap = max(gap, float(np.abs(found - expected).max()))
+        if not gap <= PROBE_TOLERANCE[dtype]:  # NaN fails this too
+            raise RftError(
+                f"engine {engine} does not compute with version {version}: on the probe its "
+                f"log-probs differ from the learner's by {gap:.3g}, over {PROBE_TOLERANCE[dtype]:g}"
+                f" for {dtype}; it kept stale weights or loads this model differently"
+            )
+    return gap
+
+
+def _merge(ranks: list[dict[str, float]]) -> dict[str, float]:
+    """Sums over ranks, but for what is a maximum or the same on each."""
+    merged = {
+        k: sum(r.get(k, 0.0) for r in ranks) for k in dict.fromkeys(k for r in ranks for k in r)
+    }
+    merged["mismatch_max"] = max(r["mismatch_max"] for r in ranks)
+    merged["grad_norm"] = ranks[0]["grad_norm"]
+    return merged

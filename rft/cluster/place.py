@@ -1,0 +1,158 @@
+"""Wiring: from a config to running parts. The only place that knows them all."""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+from rft.cluster.base import Cluster, Handle, InlineCluster
+from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers
+from rft.config.schema import Config
+from rft.config.validate import resolve_device
+from rft.learner.worker import LearnerSettings
+from rft.scheduler.scheduler import PoolView
+from rft.seeding import derive
+from rft.tasks.pool import TaskPool
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What `place` started."""
+
+    scheduler: SchedulerClient
+    engines: Engines
+    learner: Learner
+    verifiers: Verifiers
+    colocated: bool
+    """Engines and learner share GPUs: the engines sleep while the learner works."""
+
+    def close(self) -> None:
+        """End every part in good order; a part that is killed instead loses nothing either."""
+        self.scheduler.close()
+        self.verifiers.close()
+        self.engines.close()
+        self.learner.close()
+
+
+@contextmanager
+def place(config: Config, pool: TaskPool, folder: Path, resume: Path | None) -> Iterator[Parts]:
+    """Start every part, wait until all are ready, and end them all on the way out."""
+    cluster = make_cluster(config, folder)
+    try:
+        yield _start(cluster, config, pool, folder, resume)
+    finally:
+        cluster.close()
+
+
+def make_cluster(config: Config, folder: Path) -> Cluster:
+    """The cluster that `config.cluster` describes."""
+    if config.cluster.mode == "inline":
+        return InlineCluster()
+    from rft.cluster.ray_cluster import RayCluster
+
+    return RayCluster(config.cluster.address, folder / "logs")
+
+
+def _start(
+    cluster: Cluster, config: Config, pool: TaskPool, folder: Path, resume: Path | None
+) -> Parts:
+    device = resolve_device(config.cluster.device)
+    engine_gpus, learner_gpus = gpu_shares(config, device)
+    engines = [
+        cluster.spawn(
+            f"engine {i}",
+            config.rollout.engine["_target_"],
+            gpus=engine_gpus,
+            model_path=config.model.path,
+            dtype=config.model.dtype,
+            device=device,
+            max_length=config.tasks.max_prompt_tokens + config.rollout.max_tokens,
+            threads=threads(config, config.rollout.engines),
+            **{k: v for k, v in config.rollout.engine.items() if k != "_target_"},
+        )
+        for i in range(config.rollout.engines)
+    ]
+    world = config.learner.workers
+    ranks = [
+        cluster.spawn(
+            f"learner rank {rank}",
+            "rft.learner.worker.LearnerWorker",
+            gpus=learner_gpus,
+            rank=rank,
+            world=world,
+            settings=learner_settings(config, device),
+        )
+        for rank in range(world)
+    ]
+    verifiers = cluster.spawn(
+        "the verifiers",
+        "rft.rewards.pool.VerifierPool",
+        verifier=config.reward.verifier,
+        workers=config.reward.workers,
+        timeout=config.reward.timeout,
+    )
+
+    def scheduler() -> Handle:
+        return cluster.spawn(
+            "the scheduler",
+            "rft.scheduler.scheduler.Scheduler",
+            pool=PoolView(tuple(pool.ids), pool.weak, pool.strong),
+            estimator=config.scheduler.estimator,
+            selector=config.scheduler.selector,
+            planner=config.scheduler.planner,
+            tasks_per_step=config.tasks_per_step,
+            rollouts_per_task=config.rollouts_per_task,
+            seed=config.seed,
+            folder=folder.resolve() / "scheduler",
+        )
+
+    learner = Learner(
+        cluster,
+        ranks,
+        token_budget=config.learner.token_budget,
+        deadline=config.learner.deadline,
+    )
+    parts = Parts(
+        SchedulerClient(cluster, scheduler),
+        Engines(cluster, engines, config.rollout.deadline),
+        learner,
+        Verifiers(cluster, verifiers, config.reward.timeout),
+        colocated=device == "cuda" and config.cluster.placement == "colocated",
+    )
+    learner.start(config.learner.port, resume.resolve() if resume else None)
+    return parts
+
+
+def gpu_shares(config: Config, device: str) -> tuple[float, float]:
+    """GPUs of each engine and of each learner rank; colocated ones share."""
+    if device == "cpu":
+        return 0.0, 0.0
+    return (0.5, 0.5) if config.cluster.placement == "colocated" else (1.0, 1.0)
+
+
+def threads(config: Config, sharers: int) -> int:
+    """CPU threads of one of `sharers` workers that compute at the same time."""
+    return config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // sharers)
+
+
+def learner_settings(config: Config, device: str) -> LearnerSettings:
+    """What the learner's ranks need to know."""
+    learner, model = config.learner, config.model
+    return LearnerSettings(
+        model_path=model.path,
+        dtype=model.dtype,
+        attention=model.attention,
+        gradient_checkpointing=model.gradient_checkpointing,
+        device=device,
+        threads=threads(config, learner.workers),
+        zero_stage=learner.zero_stage,
+        betas=learner.betas,
+        weight_decay=learner.weight_decay,
+        max_grad_norm=learner.max_grad_norm,
+        temperature=config.rollout.temperature,
+        seed=derive(config.seed, "learner") % 2**31,
+        objective=config.objective,
+    )

@@ -1,0 +1,141 @@
+"""Parts as Ray actors, on this machine's loopback or on a cluster that is already running."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import ray
+from ray.actor import ActorHandle
+from ray.exceptions import GetTimeoutError, RayActorError
+
+from rft.cluster.base import Handle, locate
+from rft.errors import PartDied, RftError
+
+LOOPBACK = "127.0.0.1"
+
+
+@dataclass(frozen=True)
+class Failure:
+    """A part's `RftError` on its way to the driver, without Ray's traceback around it."""
+
+    message: str
+
+
+class Host:
+    """The actor that holds one part."""
+
+    def __init__(self, target: str, kwargs: dict[str, Any]) -> None:
+        self._failure: Failure | None = None
+        try:
+            self._part = locate(target)(**kwargs)
+        except RftError as error:
+            self._failure = Failure(str(error))
+
+    def call(self, method: str, *args: Any) -> Any:
+        failed = [a for a in (self._failure, *args) if isinstance(a, Failure)]
+        if failed:
+            return failed[0]
+        try:
+            return getattr(self._part, method)(*args)
+        except RftError as error:
+            return Failure(str(error))
+
+    def address(self) -> str:
+        return str(ray.util.get_node_ip_address())
+
+
+class RayHandle:
+    """A part in an actor."""
+
+    def __init__(self, name: str, actor: ActorHandle) -> None:
+        self.name, self.actor = name, actor
+
+    def call(self, method: str, *args: Any) -> Any:
+        return self.actor.call.remote(method, *args)
+
+
+class RayCluster:
+    """Connects to `address`, or starts a cluster of its own where that is `local`.
+
+    The local one listens on loopback alone, keeps its files in a folder that `close` removes, and
+    ends with this process however that ends.
+    """
+
+    def __init__(self, address: str, logs: Path) -> None:
+        self._local = address == "local"
+        self._logs = logs
+        self._actors: dict[Any, str] = {}
+        options: dict[str, Any] = {"address": address}
+        if self._local:
+            os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            # Short, as Ray puts sockets there and their paths may have 107 characters.
+            self._folder = tempfile.mkdtemp(prefix="rft-ray-")
+            options |= {
+                "_temp_dir": self._folder,
+                "_node_ip_address": LOOPBACK,
+                "include_dashboard": False,
+            }
+        try:
+            ray.init(**options, log_to_driver=False, logging_level="ERROR", namespace="rft")
+        except ConnectionError as error:
+            raise RftError(
+                f"cluster.address={address}: no Ray cluster answers there ({error}); start one "
+                "with `ray start --head`, or set cluster.address=local"
+            ) from error
+
+    def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> RayHandle:
+        # Parts take turns at the processors, so they claim none; GPUs they do claim.
+        actor = ray.remote(Host).options(num_cpus=0, num_gpus=gpus).remote(target, kwargs)
+        self._actors[actor._actor_id] = name
+        return RayHandle(name, actor)
+
+    def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
+        try:
+            values = ray.get(list(pending), timeout=deadline)
+        except GetTimeoutError as error:
+            raise PartDied(
+                f"{what} took longer than {deadline:g} s; if it is only slow, raise "
+                "rollout.deadline or learner.deadline"
+            ) from error
+        except RayActorError as error:
+            name = next(
+                (n for i, n in self._actors.items() if i.hex() == error.actor_id), "a worker"
+            )
+            where = f"; its log is under {self._keep_logs()}" if self._local else ""
+            raise PartDied(
+                f"the process of {name} ended during {what} (killed, out of memory, or crashed)"
+                f"{where}; run the same command again to resume"
+            ) from error
+        for value in values:
+            if isinstance(value, Failure):
+                raise RftError(value.message)
+        return values
+
+    def host(self, handle: Handle) -> str:
+        assert isinstance(handle, RayHandle)
+        if self._local:
+            return LOOPBACK
+        return str(ray.get(handle.actor.address.remote(), timeout=60))
+
+    def kill(self, handle: Handle) -> None:
+        assert isinstance(handle, RayHandle)
+        ray.kill(handle.actor)
+
+    def close(self) -> None:
+        ray.shutdown()
+        if self._local:
+            shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _keep_logs(self) -> Path:
+        """Workers' output goes with the cluster's folder unless it is copied to the run's."""
+        self._logs.mkdir(parents=True, exist_ok=True)
+        for log in Path(self._folder).glob("session_latest/logs/worker-*"):
+            if log.stat().st_size:
+                shutil.copy(log, self._logs)
+        return self._logs

@@ -1,0 +1,70 @@
+"""From Hydra's composed tree to typed dataclasses, and from its errors to one clear line."""
+
+from __future__ import annotations
+
+import re
+from dataclasses import fields, is_dataclass
+from importlib import resources
+from typing import Any
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import MissingMandatoryValue
+
+from rft.config.schema import Config
+from rft.errors import RftError, nearest
+
+
+def to_config(composed: DictConfig) -> Config:
+    """The typed config, resolved. Raises `RftError` for what is still missing."""
+    try:
+        config = OmegaConf.to_object(composed)
+    except MissingMandatoryValue as error:
+        key = getattr(error, "full_key", None) or "a key"
+        raise RftError(
+            f"{key} is not set; give {key}=... or choose an experiment: {choices('experiment')}"
+        ) from error
+    assert isinstance(config, Config)
+    return config
+
+
+def choices(group: str) -> str:
+    """What a config group has to choose from, as `+experiment=a, +experiment=b` would name it."""
+    folder = resources.files("rft.configs") / group
+    return ", ".join(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")))
+
+
+def explain(error: Exception) -> str:
+    """One line that names the thing, its value and the mend."""
+    if isinstance(error, RftError):
+        return str(error)
+    causes = [error]
+    while causes[-1].__cause__ is not None:
+        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]  # Hydra chains exceptions only
+    text = "\n".join(str(cause) for cause in causes)
+    missing = re.search(r"Could not find '([\w-]+)/([\w.-]+)'", text)
+    if missing:
+        group, name = missing.groups()
+        return f"there is no {group}={name}; {nearest(name, choices(group).split(', '))}"
+    unknown = re.search(r"Could not override '([\w.+@/]+)'|Key '([\w.]+)' (?:is )?not in", text)
+    if unknown:
+        key = str(unknown.group(1) or unknown.group(2))
+        full = re.search(r"full_key: ([\w.]+)", text)
+        key = full.group(1) if full and key in full.group(1) else key
+        return f"there is no config key {key!r}; {nearest(key, keys())}"
+    first = next(line for line in str(error).splitlines() if line.strip())
+    value = re.search(r"Value '(.*?)'.*", text)
+    full = re.search(r"full_key: ([\w.]+)", text)
+    if full and value:
+        return f"{full.group(1)}: {value.group(0)}; its type is documented in rft/config/schema.py"
+    return first
+
+
+def keys(config: Any = Config, prefix: str = "") -> list[str]:
+    """Every dotted key there is."""
+    found = []
+    for f in fields(config):
+        found.append(prefix + f.name)
+        nested = f.default_factory if isinstance(f.default_factory, type) else None
+        if nested is not None and is_dataclass(nested):
+            found += keys(nested, f"{prefix}{f.name}.")
+    return found

@@ -1,0 +1,73 @@
+"""Parts: small classes named by `_target_` in YAML. Checked without importing them, built late.
+
+Checking reads the class's signature from its source, so that a config is refused before torch,
+vllm or the part itself is imported.
+"""
+
+from __future__ import annotations
+
+import ast
+import importlib
+import importlib.util
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+from rft.errors import RftError, nearest
+
+
+def build(part: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
+    """Import `part["_target_"]` and call it with `args`, `kwargs` and the part's own keys."""
+    module, _, name = part["_target_"].rpartition(".")
+    target = getattr(importlib.import_module(module), name)
+    own = {key: value for key, value in part.items() if key != "_target_"}
+    return target(*args, **kwargs, **own)
+
+
+def check(where: str, part: dict[str, Any]) -> None:
+    """Raise `RftError` if `part` names no class or function there is, or a key it does not take."""
+    target = part.get("_target_")
+    if not target or "." not in str(target):
+        raise RftError(f"{where}._target_ is {target!r}; give the dotted path of a class")
+    keywords = _keywords(where, str(target))
+    for key in part:
+        if key != "_target_" and keywords is not None and key not in keywords:
+            raise RftError(f"{where}.{key}: {target} has no key {key!r}; {nearest(key, keywords)}")
+
+
+@cache
+def _keywords(where: str, target: str) -> tuple[str, ...] | None:
+    """Argument names of `target`; None where it takes any."""
+    module, _, name = target.rpartition(".")
+    try:
+        spec = importlib.util.find_spec(module)
+    except ModuleNotFoundError:
+        spec = None
+    if spec is None or spec.origin is None or not spec.origin.endswith(".py"):
+        raise RftError(
+            f"{where}._target_: there is no module {module!r}; install it or fix the path"
+        )
+    definitions = {
+        node.name: node
+        for node in ast.parse(Path(spec.origin).read_text("utf-8")).body
+        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
+    }
+    if name not in definitions:
+        raise RftError(
+            f"{where}._target_: {module} has no {name!r}; {nearest(name, [*definitions])}"
+        )
+    node = definitions[name]
+    if isinstance(node, ast.ClassDef):
+        init = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
+        if not init:
+            # Without its own __init__ a class takes no keys, unless a base outside this file does.
+            return () if all(_local(base, definitions) for base in node.bases) else None
+        node = init[0]
+    arguments = node.args
+    if arguments.kwarg is not None:
+        return None
+    return tuple(a.arg for a in [*arguments.args, *arguments.kwonlyargs] if a.arg != "self")
+
+
+def _local(base: ast.expr, definitions: dict[str, Any]) -> bool:
+    return isinstance(base, ast.Name) and base.id in definitions and not definitions[base.id].bases

@@ -1,0 +1,193 @@
+"""Every configuration key, typed and documented once. Imports neither torch nor vllm.
+
+A field typed `Part` is a small component: `{_target_: dotted.path.Class, key: value, ...}`. Its
+keys are the arguments of that class; `rft.config.parts` builds it and checks the keys.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from typing import Any
+
+from omegaconf import MISSING
+
+Part = dict[str, Any]
+
+
+@dataclass
+class ModelConfig:
+    path: str = MISSING
+    """Hugging Face folder or hub id of the policy to finetune."""
+    dtype: str = "float32"
+    """Weights' dtype in learner and engines: float32 or bfloat16."""
+    gradient_checkpointing: bool = False
+    """Recompute activations in the backward pass: less memory, about a third more compute."""
+    attention: str = "sdpa"
+    """transformers' attention implementation in the learner: sdpa, eager, flash_attention_2."""
+
+
+@dataclass
+class TasksConfig:
+    train: str = MISSING
+    """Training pool: a .jsonl or .parquet file, a `save_to_disk` folder, or a dataset id."""
+    evaluation: dict[str, str] = field(default_factory=dict)
+    """Held-out sets by name; the first one decides which checkpoint is the best."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our column name -> the file's, where they differ: id, prompt, answer, weak, strong, domain."""
+    split: str = "train"
+    """Split to read where the source is a dataset id."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens; a longer one is an error naming its row."""
+    nan_pass_rates: str = "error"
+    """A NaN pass rate in a file is an error, or means unknown, as in GURU's files."""
+
+
+@dataclass
+class SchedulerConfig:
+    estimator: Part = field(default_factory=dict)
+    """How likely is the policy to solve each task?"""
+    selector: Part = field(default_factory=dict)
+    """Which tasks this step?"""
+    planner: Part = field(default_factory=dict)
+    """How many rollouts for each?"""
+
+
+@dataclass
+class RolloutConfig:
+    engine: Part = field(default_factory=dict)
+    """The engine class and its own options."""
+    engines: int = 1
+    """Number of engines; requests are spread over them by expected tokens."""
+    temperature: float = 1.0
+    """Sampling temperature in training; the learner applies it too."""
+    max_tokens: int = 16
+    """Most tokens to generate for one rollout."""
+    deadline: float = 1800.0
+    """Seconds one generate call may take before the run stops and says so."""
+
+
+@dataclass
+class RewardConfig:
+    verifier: Part = field(default_factory=dict)
+    """The verifier class and its own options."""
+    workers: int = 1
+    """Verifier processes."""
+    timeout: float = 10.0
+    """Seconds one check may take; then its process is killed and the score counts as a timeout."""
+
+
+@dataclass
+class LearnerConfig:
+    workers: int = 1
+    """Learner ranks: one a GPU, or processes on CPU."""
+    zero_stage: int = 1
+    """DeepSpeed ZeRO stage, 0 to 3."""
+    lr: float = 1e-6
+    """Peak learning rate."""
+    schedule: str = "constant"
+    """After warm-up: constant, linear or cosine (both to 0 at the last step)."""
+    warmup_steps: int = 10
+    """Steps of linear warm-up."""
+    betas: tuple[float, float] = (0.9, 0.95)
+    """AdamW's betas."""
+    weight_decay: float = 0.0
+    """AdamW's decoupled weight decay."""
+    max_grad_norm: float = 1.0
+    """Gradient clipping; 0 turns it off."""
+    updates: int = 1
+    """Optimizer steps a batch of rollouts; above 1 the old log-probs are computed first."""
+    token_budget: int = 16384
+    """Most tokens, padding included, in one micro-batch of one rank."""
+    port: int = 0
+    """Port of the ranks' rendezvous on the first rank's host; 0 takes a free one."""
+    deadline: float = 3600.0
+    """Seconds one optimizer step may take before the run stops and says so."""
+
+
+@dataclass
+class ClusterConfig:
+    mode: str = "ray"
+    """ray: every part in a process of its own; inline: all in this one, for a debugger."""
+    address: str = "local"
+    """local starts a Ray cluster on this machine's loopback; auto or host:port joins a running one."""
+    device: str = "auto"
+    """cpu, cuda, or auto: cuda where a GPU is found."""
+    placement: str = "disaggregated"
+    """On GPU: disaggregated (engines and learner on their own GPUs) or colocated (shared; engines
+    sleep while the learner works)."""
+    threads: int = 0
+    """CPU threads of each engine and learner rank; 0 divides the machine's cores by learner ranks."""
+
+
+@dataclass
+class EvaluationConfig:
+    every: int = 20
+    """Steps between evaluations; 0 evaluates only before the first and after the last step."""
+    samples: int = 4
+    """Completions a task; accuracy is their mean (avg@k)."""
+    temperature: float = 1.0
+    """Sampling temperature in evaluation; 0 is greedy."""
+    max_tasks: int = 0
+    """Tasks of each set that are used, the first ones; 0 is all."""
+
+
+@dataclass
+class CheckpointConfig:
+    every: int = 50
+    """Steps between checkpoints; one is also written at the end and on SIGTERM or Ctrl-C."""
+    keep: int = 2
+    """Checkpoints kept, newest first; the best one by evaluation is kept as well."""
+
+
+@dataclass
+class TrackingConfig:
+    console: str = "auto"
+    """rich (live), plain (a line a step), off; auto is rich on a terminal and plain elsewhere."""
+    wandb: bool = False
+    """Log to Weights & Biases (WANDB_MODE=offline works)."""
+    wandb_project: str = "rft"
+    """Project name there."""
+    tensorboard: bool = False
+    """Write TensorBoard event files into the run folder."""
+    rollouts: bool = True
+    """Keep every rollout, as compressed JSON lines."""
+    report: bool = True
+    """Write curves.png and report.html at the end."""
+
+
+@dataclass
+class Config:
+    name: str = MISSING
+    """The run's name; its folder is `runs_dir/name`."""
+    runs_dir: str = "runs"
+    """Where runs are kept."""
+    seed: int = 0
+    """Every random draw derives from it."""
+    steps: int = 100
+    """Training steps."""
+    tasks_per_step: int = 32
+    """Tasks the selector picks for a step."""
+    rollouts_per_task: int = 8
+    """Rollouts a task that the constant planner asks for, and BOTS' scale for pseudo counts."""
+    resume: str = "auto"
+    """auto: continue the run of this name if there is one; never: refuse to touch its folder."""
+    dry_run: bool = False
+    """Print the resolved config, batch arithmetic, placement and memory estimate, and stop."""
+    prepare: Part | None = None
+    """A function called first, to make files that the run names and that are not there yet."""
+    model: ModelConfig = field(default_factory=ModelConfig)
+    tasks: TasksConfig = field(default_factory=TasksConfig)
+    scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
+    rollout: RolloutConfig = field(default_factory=RolloutConfig)
+    reward: RewardConfig = field(default_factory=RewardConfig)
+    learner: LearnerConfig = field(default_factory=LearnerConfig)
+    advantage: Part = field(default_factory=dict)
+    """From a group's rewards to advantages."""
+    objective: Part = field(default_factory=dict)
+    """The policy loss."""
+    transforms: list[Part] = field(default_factory=list)
+    """Which groups are trained on, applied in order."""
+    cluster: ClusterConfig = field(default_factory=ClusterConfig)
+    evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
+    checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)
+    tracking: TrackingConfig = field(default_factory=TrackingConfig)

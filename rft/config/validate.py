@@ -1,0 +1,219 @@
+"""Cross-field rules: what cannot work is refused in a second, before torch is imported."""
+
+from __future__ import annotations
+
+import json
+import os
+import socket
+from dataclasses import fields
+from pathlib import Path
+from typing import Any
+
+from rft.config.parts import check
+from rft.config.schema import Config
+from rft.errors import RftError, nearest
+
+CHOICES = {
+    "resume": ("auto", "never"),
+    "model.dtype": ("float32", "bfloat16"),
+    "model.attention": ("sdpa", "eager", "flash_attention_2"),
+    "learner.schedule": ("constant", "linear", "cosine"),
+    "cluster.mode": ("ray", "inline"),
+    "cluster.device": ("auto", "cpu", "cuda"),
+    "cluster.placement": ("disaggregated", "colocated"),
+    "tracking.console": ("auto", "rich", "plain", "off"),
+    "tasks.nan_pass_rates": ("error", "unknown"),
+}
+AT_LEAST: dict[str, float] = {
+    "steps": 1,
+    "tasks_per_step": 1,
+    "rollouts_per_task": 1,
+    "tasks.max_prompt_tokens": 1,
+    "rollout.engines": 1,
+    "rollout.max_tokens": 1,
+    "rollout.deadline": 1,
+    "reward.workers": 1,
+    "learner.workers": 1,
+    "learner.zero_stage": 0,
+    "learner.warmup_steps": 0,
+    "learner.max_grad_norm": 0,
+    "learner.updates": 1,
+    "learner.port": 0,
+    "learner.deadline": 1,
+    "cluster.threads": 0,
+    "evaluation.every": 0,
+    "evaluation.samples": 1,
+    "evaluation.temperature": 0,
+    "evaluation.max_tasks": 0,
+    "checkpoint.every": 1,
+    "checkpoint.keep": 1,
+}
+
+
+def validate(config: Config) -> None:
+    """Raise `RftError` naming the first key that cannot work, its value and the mend."""
+    _values(config)
+    for where in ("scheduler.estimator", "scheduler.selector", "scheduler.planner"):
+        check(where, get(config, where))
+    for where in ("rollout.engine", "reward.verifier", "advantage", "objective"):
+        check(where, get(config, where))
+    for i, transform in enumerate(config.transforms):
+        check(f"transforms[{i}]", transform)
+    if config.prepare is not None:
+        check("prepare", config.prepare)
+    longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
+    if config.learner.token_budget < longest:
+        raise RftError(
+            f"learner.token_budget={config.learner.token_budget} cannot hold one sequence of "
+            f"tasks.max_prompt_tokens + rollout.max_tokens = {longest}; raise it to at least that"
+        )
+    _machine(config)
+    _port(config)
+    _folder(config)
+    if config.prepare is None:
+        check_files(config)
+
+
+def _values(config: Config) -> None:
+    for key, choices in CHOICES.items():
+        value = get(config, key)
+        if value not in choices:
+            raise RftError(f"{key}={value!r} is not a choice; {nearest(str(value), choices)}")
+    for key, least in AT_LEAST.items():
+        value = get(config, key)
+        if not value >= least:
+            raise RftError(f"{key}={value} is too small; it must be at least {least:g}")
+    for key in ("learner.lr", "rollout.temperature", "reward.timeout"):
+        value = get(config, key)
+        if not 0 < value < float("inf"):
+            raise RftError(f"{key}={value} must be a positive number")
+    if config.learner.zero_stage > 3:
+        raise RftError(f"learner.zero_stage={config.learner.zero_stage}; DeepSpeed has 0 to 3")
+    name = config.name
+    if not name or "/" in name or name.startswith("."):
+        raise RftError(f"name={name!r} must be a plain folder name; it is kept under runs_dir")
+
+
+def _machine(config: Config) -> None:
+    learner, cluster = config.learner, config.cluster
+    if cluster.mode == "inline" and (learner.workers > 1 or config.rollout.engines > 1):
+        raise RftError(
+            f"cluster=inline is one process and cannot hold learner.workers={learner.workers} and "
+            f"rollout.engines={config.rollout.engines}; use cluster=ray, or one of each"
+        )
+    device = resolve_device(cluster.device)
+    if cluster.mode == "ray" and cluster.address != "local":
+        return  # what the cluster has is asked of the cluster
+    if device == "cpu":
+        cores = len(os.sched_getaffinity(0))
+        if learner.workers > cores:
+            raise RftError(
+                f"learner.workers={learner.workers} on a machine with {cores} cores; "
+                f"use at most {cores}"
+            )
+        return
+    gpus = gpu_count()
+    need = max(learner.workers, config.rollout.engines)
+    if cluster.placement == "disaggregated" and cluster.mode == "ray":
+        need = learner.workers + config.rollout.engines
+    if need > gpus:
+        raise RftError(
+            f"this run needs {need} GPUs (learner.workers={learner.workers}, "
+            f"rollout.engines={config.rollout.engines}, cluster.placement={cluster.placement}) and "
+            f"this machine has {gpus}; lower them, use cluster.placement=colocated, or run on CPU "
+            "with cluster.device=cpu and a small model"
+        )
+
+
+def _port(config: Config) -> None:
+    port = config.learner.port
+    if port == 0 or config.learner.workers == 1:
+        return
+    with socket.socket() as probe:
+        try:
+            probe.bind(("127.0.0.1", port))
+        except OSError as error:
+            raise RftError(
+                f"learner.port={port} cannot be used ({error.strerror}); free it, or set "
+                "learner.port=0 to take a free one"
+            ) from error
+
+
+def _folder(config: Config) -> None:
+    folder = Path(config.runs_dir) / config.name
+    there = folder
+    while not there.exists():
+        there = there.parent
+    if not there.is_dir():
+        raise RftError(f"the run's folder {folder} cannot be made: {there} is a file")
+    if not os.access(there, os.W_OK) or _read_only(there):
+        raise RftError(f"the run's folder {folder} cannot be written: set runs_dir to one that can")
+
+
+def _read_only(folder: Path) -> bool:
+    return bool(os.statvfs(folder).f_flag & os.ST_RDONLY)
+
+
+def check_files(config: Config) -> None:
+    """Model and pools that are named as paths must be there, and the model long enough."""
+    folder = Path(config.model.path)
+    if folder.is_absolute() or config.model.path.startswith("."):
+        if not (folder / "config.json").is_file():
+            raise RftError(
+                f"model.path={config.model.path} holds no model (no config.json); set it to a "
+                "Hugging Face folder or hub id"
+            )
+        _positions(config, folder / "config.json")
+    sources = {"tasks.train": config.tasks.train}
+    sources |= {f"tasks.evaluation.{n}": s for n, s in config.tasks.evaluation.items()}
+    for key, source in sources.items():
+        if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
+            raise RftError(f"{key}={source} is not there; set it to a task file that is")
+
+
+def _positions(config: Config, path: Path) -> None:
+    positions = json.loads(path.read_text("utf-8")).get("max_position_embeddings")
+    longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
+    if positions is not None and longest > positions:
+        raise RftError(
+            f"tasks.max_prompt_tokens + rollout.max_tokens = {longest} is over the "
+            f"{positions} positions of {config.model.path}; lower one of them"
+        )
+
+
+def resolve_device(device: str) -> str:
+    """cpu or cuda. Raises `RftError` for cuda on a machine without a GPU."""
+    gpus = gpu_count()
+    if device == "cuda" and gpus == 0:
+        raise RftError(
+            "cluster.device=cuda on a machine without an NVIDIA GPU; run it on one that has, or "
+            "try +experiment=letters_bots, which needs none"
+        )
+    return "cuda" if device != "cpu" and gpus > 0 else "cpu"
+
+
+def gpu_count() -> int:
+    """NVIDIA GPUs that this process may use, without importing torch."""
+    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
+    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
+    if visible is None:
+        return present
+    return min(present, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
+
+
+def get(config: Any, path: str) -> Any:
+    """The value at a dotted path of dataclasses."""
+    for name in path.split("."):
+        config = getattr(config, name)
+    return config
+
+
+def known_keys(config: Any, prefix: str = "") -> list[str]:
+    """Every dotted key of a config dataclass."""
+    keys = []
+    for f in fields(config):
+        value = getattr(config, f.name)
+        keys.append(prefix + f.name)
+        if hasattr(value, "__dataclass_fields__"):
+            keys += known_keys(value, f"{prefix}{f.name}.")
+    return keys

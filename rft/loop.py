@@ -1,0 +1,226 @@
+"""The training loop: plan, generate, score, observe, transform, learn, sync, report.
+
+`run_step` is one step in this order; it is the same for every selector, engine and objective,
+inline and on a cluster.
+"""
+
+from __future__ import annotations
+
+import shutil
+import time
+from collections import defaultdict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+
+from rft import measures
+from rft.batch import Group, Transform, group_by_task, make_requests, make_updates
+from rft.checkpoint import Checkpoints
+from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers, prove
+from rft.config.schema import Config
+from rft.learner.advantages import Advantage
+from rft.learner.schedule import learning_rate
+from rft.records import Outcome, Request, Rollout, Sampling, Score
+from rft.seeding import derive
+from rft.tasks.pool import TaskPool
+from rft.tracking.tracker import Tracker
+
+
+@dataclass
+class Progress:
+    """Where a run is: `state.json` of a checkpoint. `evaluated` is the accuracy at `step` on the
+    first evaluation set; `best_step` has the highest of the checkpoints."""
+
+    step: int = 0
+    version: int = 0
+    tokens: int = 0
+    seconds: float = 0.0
+    evaluated: float | None = None
+    best_accuracy: float = -1.0
+    best_step: int | None = None
+
+
+class Clock:
+    """Seconds by phase. A step's line covers all since the line before it, so phases add up."""
+
+    def __init__(self) -> None:
+        self._start = time.perf_counter()
+        self._seconds: dict[str, float] = defaultdict(float)
+
+    @contextmanager
+    def __call__(self, phase: str) -> Iterator[None]:
+        start = time.perf_counter()
+        yield
+        self._seconds[phase] += time.perf_counter() - start
+
+    def elapsed(self) -> float:
+        """Seconds since the last lap."""
+        return time.perf_counter() - self._start
+
+    def lap(self) -> dict[str, float]:
+        """`time/*` since the last lap, and start anew."""
+        metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
+        metrics["time/step"] = self.elapsed()
+        self._start, self._seconds = time.perf_counter(), defaultdict(float)
+        return metrics
+
+
+@dataclass
+class Run:
+    """The parts of one run, wired."""
+
+    config: Config
+    pool: TaskPool
+    evaluation: dict[str, TaskPool]
+    scheduler: SchedulerClient
+    engines: Engines
+    learner: Learner
+    verifiers: Verifiers
+    advantage: Advantage
+    transforms: list[Transform]
+    probe: npt.NDArray[np.int32]
+    checkpoints: Checkpoints
+    tracker: Tracker
+    colocated: bool
+    progress: Progress = field(default_factory=Progress)
+    stop: bool = False
+    """Set by a signal: end after this step, with a checkpoint."""
+
+
+def train(run: Run) -> None:
+    """Train from `run.progress` to the last step, or until `run.stop`."""
+    config, progress = run.config, run.progress
+    sync(run)
+    clock = Clock()
+    if progress.step == 0:
+        evaluate(run, clock)
+    while progress.step < config.steps and not run.stop:
+        step = progress.step + 1
+        metrics = run_step(run, step, clock)
+        progress.step, progress.evaluated = step, None
+        every = config.evaluation.every
+        if step == config.steps or (every and step % every == 0):
+            with clock("evaluate"):
+                evaluate(run, clock)
+        times = clock.lap()
+        progress.seconds += times["time/step"]
+        run.tracker.step(step, metrics | times)
+        if run.stop or step == config.steps or step % config.checkpoint.every == 0:
+            with clock("checkpoint"):
+                checkpoint(run)
+
+
+def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
+    """One step of the design; returns its metrics, times aside."""
+    config, progress = run.config, run.progress
+    groups: list[Group] = []
+    outcomes: list[Outcome] = []
+    round = 0
+    while True:  # a plan is a conversation: the planner sees what came back and may want more
+        with clock("select"):
+            plan = run.scheduler.plan(step, round, outcomes)
+        if not plan.requests:
+            break
+        with clock("generate"):
+            rollouts = run.engines.generate(make_requests(config, run.pool, plan, groups))
+        with clock("score"):
+            groups = group_by_task(groups, rollouts, score(run, run.pool, rollouts))
+            outcomes = [Outcome(g.task, len(g.scores), float(g.rewards.sum())) for g in groups]
+        round += 1
+    with clock("select"):
+        metrics = run.scheduler.observe(step, outcomes)
+    progress.tokens += sum(len(r.response_ids) for g in groups for r in g.rollouts)
+    metrics |= measures.of_rollouts(groups, progress.version)
+
+    with clock("learn"):
+        if run.colocated:
+            run.engines.sleep()
+        trained = groups
+        for transform in run.transforms:
+            trained = transform(trained)
+        updates = make_updates(
+            config, run.advantage, trained, all_rollouts=run.learner.needs_reference
+        )
+        if updates:
+            lr = learning_rate(step, config.learner, config.steps)
+            sums = run.learner.learn(updates, lr)
+            progress.version += len(updates)
+            metrics |= measures.of_updates(sums, updates, lr)
+        else:
+            run.tracker.message(f"step {step}: no group has a learning signal; no update")
+        if run.colocated:
+            run.engines.wake()
+    if updates:
+        with clock("sync"):
+            metrics["sync/probe_gap"] = sync(run)
+    with clock("report"):
+        rows = [row for group in groups for row in measures.rollout_rows(group, run.pool)]
+        run.tracker.rollouts(step, rows)
+    return metrics | {"tokens/so_far": progress.tokens, "version": progress.version}
+
+
+def sync(run: Run) -> float:
+    """Bring every engine to the learner's weights and prove it; the largest probe gap."""
+    version, dtype = run.progress.version, run.config.model.dtype
+    return prove(run.engines, run.learner, run.probe, version, dtype)
+
+
+def score(run: Run, pool: TaskPool, rollouts: list[Rollout]) -> list[Score]:
+    """The verifiers' word on each rollout."""
+    return run.verifiers.score([(pool.task(r.task), r.text, r.finish) for r in rollouts])
+
+
+def evaluate(run: Run, clock: Clock) -> None:
+    """Sample every held-out set at the current weights and write a line for each.
+
+    Seeds do not depend on the step: two evaluations differ by their weights alone.
+    """
+    config, progress = run.config, run.progress
+    sampling = Sampling(config.evaluation.temperature, config.rollout.max_tokens)
+    samples = config.evaluation.samples
+    for name, pool in run.evaluation.items():
+        requests = [
+            Request(
+                task,
+                pool.prompt_ids[i],
+                tuple(derive(config.seed, "evaluate", name, task, j) for j in range(samples)),
+                sampling,
+                tag="evaluation",
+            )
+            for i, task in enumerate(pool.ids)
+        ]
+        scores = score(run, pool, run.engines.generate(requests))
+        rewards = np.array([s.reward for s in scores]).reshape(len(requests), samples)
+        accuracy, ci95 = measures.accuracy(rewards)
+        if progress.evaluated is None:
+            progress.evaluated = accuracy
+        run.tracker.evaluation(
+            {
+                "step": progress.step,
+                "set": name,
+                "k": samples,
+                "accuracy": accuracy,
+                "ci95": ci95,
+                "tokens_so_far": progress.tokens,
+                "seconds_so_far": progress.seconds + clock.elapsed(),
+            }
+        )
+
+
+def checkpoint(run: Run) -> None:
+    """Write all that the run needs to continue from here to the same end."""
+    progress = run.progress
+    if progress.evaluated is not None and progress.evaluated > progress.best_accuracy:
+        progress.best_accuracy, progress.best_step = progress.evaluated, progress.step
+
+    def fill(folder: Path) -> None:
+        run.learner.save(folder)
+        (folder / "scheduler").mkdir()
+        shutil.copy(run.scheduler.snapshot(), folder / "scheduler")
+
+    run.checkpoints.write(progress.step, fill, asdict(progress))
+    run.checkpoints.prune(progress.best_step)

@@ -1,0 +1,214 @@
+"""One run from its folder's first file to its report: what surrounds the loop."""
+
+from __future__ import annotations
+
+import shutil
+import signal
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import yaml
+from filelock import FileLock, Timeout
+
+from rft.checkpoint import Checkpoints
+from rft.cluster.place import place
+from rft.config.parts import build
+from rft.config.schema import Config
+from rft.config.validate import check_files
+from rft.errors import RftError
+from rft.loop import Progress, Run, train
+from rft.scheduler.scheduler import SNAPSHOT, rewind_journal
+from rft.tasks.pool import TaskPool, load_pool, tokenizer_for
+from rft.tracking.files import RunFiles
+from rft.tracking.tracker import Tracker
+
+PROBE_TOKENS = 256
+MAY_CHANGE = ("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint", "tracking")
+"""Keys that a resumed run may set anew: they do not change what was computed so far."""
+
+
+def run(config: Config) -> int:
+    """Run `config` to its end, or from where it stopped; returns the process's exit code."""
+    if config.prepare is not None:
+        build(config.prepare)
+        check_files(config)
+    tokenize = tokenizer_for(config.model.path)
+
+    def load(source: str, max_tasks: int = 0) -> TaskPool:
+        return load_pool(
+            source,
+            columns=config.tasks.columns,
+            split=config.tasks.split,
+            tokenize=tokenize,
+            max_prompt_tokens=config.tasks.max_prompt_tokens,
+            max_tasks=max_tasks,
+            nan_pass_rates=config.tasks.nan_pass_rates,
+        )
+
+    pool = load(config.tasks.train)
+    if config.tasks_per_step > len(pool):
+        raise RftError(
+            f"tasks_per_step={config.tasks_per_step} is more than the {len(pool)} tasks of "
+            f"{config.tasks.train}; lower it"
+        )
+    evaluation = {
+        name: load(source, config.evaluation.max_tasks)
+        for name, source in config.tasks.evaluation.items()
+    }
+    folder = Path(config.runs_dir) / config.name
+    with owned(folder):
+        return _run(config, folder, pool, evaluation)
+
+
+def _run(
+    config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool]
+) -> int:
+    same_config(config, folder)
+    checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
+    notes: list[str] = []
+    found = checkpoints.newest(notes.append)
+    progress = rewind(folder, found)
+    if progress.step >= config.steps:
+        print(f"{folder} is finished: {progress.step} steps. Raise steps, or choose another name.")
+        return 0
+    tracker = Tracker(config.tracking, folder, config.name, config.steps, asdict(config))
+    try:
+        for note in notes:
+            tracker.message(note)
+        if progress.step:
+            tracker.message(f"resuming {folder} after step {progress.step}")
+        resume = found[0] / "learner" if found else None
+        with place(config, pool, folder, resume) as parts:
+            this = Run(
+                config,
+                pool,
+                evaluation,
+                parts.scheduler,
+                parts.engines,
+                parts.learner,
+                parts.verifiers,
+                build(config.advantage),
+                [build(transform) for transform in config.transforms],
+                probe_tokens(pool),
+                checkpoints,
+                tracker,
+                colocated=parts.colocated,
+                progress=progress,
+            )
+            with signals(this, tracker.message) as received:
+                train(this)
+            parts.close()
+    finally:
+        tracker.close()
+    if config.tracking.report:
+        from rft.report import write_report
+
+        print(f"report: {write_report(folder)[1]}")
+    if received and this.progress.step < config.steps:
+        print(f"stopped after step {this.progress.step}; the same command goes on from there")
+        return 128 + received[0]
+    return 0
+
+
+@contextmanager
+def owned(folder: Path) -> Iterator[None]:
+    """Make the run's folder and keep other processes out of it meanwhile."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(timeout=0)
+    except Timeout as error:
+        raise RftError(
+            f"another process is running {folder}; wait for it, or choose another name"
+        ) from error
+    try:
+        yield
+    finally:
+        lock.release()
+        (folder / ".lock").unlink(missing_ok=True)
+
+
+def same_config(config: Config, folder: Path) -> None:
+    """Write `config.yaml`, or check that it says the same; `RftError` names what differs."""
+    path = folder / "config.yaml"
+    now = plain(asdict(config))
+    if path.exists():
+        if config.resume == "never":
+            raise RftError(
+                f"{folder} holds a run already and resume=never; choose another name, or resume=auto"
+            )
+        then = yaml.safe_load(path.read_text("utf-8"))
+        changed = [
+            f"{key}: {old!r} -> {new!r}"
+            for key, old, new in differences(then, now)
+            if key.split(".")[0] not in MAY_CHANGE
+        ]
+        if changed:
+            raise RftError(
+                f"{folder} was started with another config ({'; '.join(changed)}); "
+                "choose another name for this one"
+            )
+    path.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
+
+
+def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
+    """Dotted keys whose values differ, with both."""
+    if isinstance(old, dict) and isinstance(new, dict):
+        for key in dict.fromkeys([*old, *new]):
+            yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
+    elif old != new:
+        yield prefix[:-1], old, new
+
+
+def plain(value: Any) -> Any:
+    """Without tuples, which YAML would tag."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
+
+
+def rewind(folder: Path, found: tuple[Path, dict[str, Any]] | None) -> Progress:
+    """Take the run's files back to the checkpoint: what came after it will be computed again."""
+    progress = Progress(**found[1]) if found else Progress()
+    files = RunFiles(folder)
+    files.rewind(progress.step if found else -1)
+    files.close()
+    scheduler = folder / "scheduler"
+    scheduler.mkdir(exist_ok=True)
+    rewind_journal(scheduler, progress.step)
+    if found:
+        shutil.copy(found[0] / "scheduler" / SNAPSHOT, scheduler / SNAPSHOT)
+    else:
+        (scheduler / SNAPSHOT).unlink(missing_ok=True)
+    return progress
+
+
+def probe_tokens(pool: TaskPool) -> np.ndarray[Any, np.dtype[np.int32]]:
+    """A prompt whose log-probs prove a weight sync: the longest of the first ones."""
+    longest = max(pool.prompt_ids[:64], key=len)
+    return np.array((longest * 2)[: max(2, min(PROBE_TOKENS, len(longest)))], dtype=np.int32)
+
+
+@contextmanager
+def signals(run: Run, say: Callable[[str], None]) -> Iterator[list[int]]:
+    """SIGTERM and Ctrl-C end the run after its step, with a checkpoint; a second one at once."""
+    received: list[int] = []
+
+    def handle(number: int, frame: object) -> None:
+        if received:
+            raise KeyboardInterrupt
+        received.append(number)
+        run.stop = True
+        name = signal.Signals(number).name
+        say(f"{name}: finishing this step, then a checkpoint; once more to stop at once")
+
+    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield received
+    finally:
+        for number, handler in old.items():
+            signal.signal(number, handler)

@@ -1,0 +1,166 @@
+"""A run's curves, drawn with matplotlib onto PNG bytes."""
+
+from __future__ import annotations
+
+import io
+
+import numpy as np
+from matplotlib import rc_context
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
+
+from rft.tracking.display import PHASES
+from rft.tracking.run import Array, Run
+
+COLOURS = ("#3b76d6", "#e0823d", "#2f9e6e", "#b65fcf", "#d25a5a", "#8a8f98", "#c2a13a")
+THEMES = {"light": ("#3a4250", "#e3e7ec"), "dark": ("#b4bdca", "#2e3641")}  # text, lines
+BINS = 80
+
+
+def draw(run: Run, panels: list[str], theme: str, columns: int = 1) -> bytes:
+    """Draw the named panels of `PANELS` side by side; a single one gets no title."""
+    text, lines = THEMES[theme]
+    style = {
+        "font.size": 9,
+        "font.family": "DejaVu Sans",
+        "axes.spines.top": False,
+        "axes.spines.right": False,
+        "axes.grid": True,
+        "axes.titlelocation": "left",
+        "axes.titlesize": 10.5,
+        "axes.titleweight": "bold",
+        "axes.axisbelow": True,
+        "axes.edgecolor": lines,
+        "grid.color": lines,
+        "grid.linewidth": 0.7,
+        "xtick.color": text,
+        "ytick.color": text,
+        "axes.labelcolor": text,
+        "text.color": text,
+        "legend.frameon": False,
+        "legend.fontsize": 8,
+        "lines.linewidth": 1.7,
+    }
+    rows = -(-len(panels) // columns)
+    with rc_context(style):
+        figure = Figure(figsize=(4.4 * columns, 2.8 * rows), layout="constrained")
+        grid = figure.subplots(rows, columns, squeeze=False)
+        for axes, name in zip(grid.flat, panels, strict=True):
+            if len(panels) > 1:
+                axes.set_title(name)
+            PANELS[name](axes, run)
+            axes.set_xlabel("step")
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+            axes.tick_params(length=0)
+            if not axes.has_data():
+                axes.set(xticks=[], yticks=[], xlabel="")
+                axes.text(0.5, 0.5, "not recorded", ha="center", transform=axes.transAxes)
+        buffer = io.BytesIO()
+        figure.savefig(buffer, dpi=160, transparent=len(panels) == 1)
+    return buffer.getvalue()
+
+
+def _accuracy(axes: Axes, run: Run) -> None:
+    for (name, rows), colour in zip(run.evaluations.items(), _colours(), strict=False):
+        steps = [row["step"] for row in rows]
+        middle = 100 * np.array([row["accuracy"] for row in rows], dtype=float)
+        half = 100 * np.array([row.get("ci95") or 0.0 for row in rows], dtype=float)
+        axes.plot(steps, middle, color=colour, marker="o", markersize=3.5, label=name)
+        if len(rows) > 1:
+            axes.fill_between(
+                steps, middle - half, middle + half, color=colour, alpha=0.16, linewidth=0
+            )
+        else:
+            axes.errorbar(steps, middle, half, color=colour, capsize=3)
+    if run.evaluations:
+        axes.set_ylabel("accuracy, %, with 95% interval")
+        axes.legend(loc="best")
+
+
+def _reward(axes: Axes, run: Run) -> None:
+    _smoothed(axes, run, "reward/mean", COLOURS[0])
+
+
+def _effective(axes: Axes, run: Run) -> None:
+    _smoothed(axes, run, "selection/effective_task_ratio", COLOURS[2])
+    axes.set_ylim(0, 1.02)
+
+
+def _phases(axes: Axes, run: Run) -> None:
+    steps = run.steps
+    if not len(steps):
+        return
+    # Means over bins of equal size: single steps of a long run would be thinner than a pixel.
+    starts = np.arange(0, len(steps), -(-len(steps) // BINS))
+    counts = np.diff(np.append(starts, len(steps)))
+    edges = np.append(steps[starts], steps[-1] + 1) - 0.5
+    base = np.zeros(len(edges))
+    for phase, colour in zip(PHASES, COLOURS, strict=True):
+        seconds = np.nan_to_num(run.series(f"time/{phase}"))
+        if not seconds.any():
+            continue
+        means = np.add.reduceat(seconds, starts) / counts
+        top = base + np.append(means, means[-1])
+        axes.fill_between(edges, base, top, step="post", color=colour, linewidth=0, label=phase)
+        base = top
+    if base.any():
+        axes.set_ylabel("seconds a step")
+        axes.margins(x=0)
+        axes.set_ylim(0, base.max() * 1.3)  # room for the legend
+        axes.legend(ncols=4, loc="upper left", handlelength=0.9, columnspacing=1.2)
+
+
+def _mismatch(axes: Axes, run: Run) -> None:
+    values = run.series("mismatch/max_abs")
+    shown = np.where(values > 0, values, np.nan)  # exact agreement has no place on a log scale
+    if np.isfinite(shown).any():
+        axes.plot(run.steps, shown, color=COLOURS[3], marker=_marker(values))
+        axes.set_yscale("log")
+        axes.set_ylabel("max |log-prob, engine - learner|")
+
+
+def _gradient(axes: Axes, run: Run) -> None:
+    _smoothed(axes, run, "policy/grad_norm", COLOURS[1])
+    axes.set_ylim(bottom=0)
+
+
+PANELS = {
+    "Accuracy": _accuracy,
+    "Mean reward": _reward,
+    "Effective tasks, share": _effective,
+    "Where the time goes": _phases,
+    "Engine-learner mismatch": _mismatch,
+    "Gradient norm": _gradient,
+}
+
+
+def _smoothed(axes: Axes, run: Run, name: str, colour: str) -> None:
+    values = run.series(name)
+    if np.isfinite(values).any():
+        axes.plot(run.steps, values, color=colour, alpha=0.3, linewidth=1)
+        axes.plot(run.steps, smooth(values), color=colour, marker=_marker(values))
+
+
+def smooth(values: Array) -> Array:
+    """A centred moving mean over a twentieth of the values; it skips NaN.
+
+    >>> smooth(np.array([1.0, np.nan, 3.0]))
+    array([1., 2., 3.])
+    """
+    width = 2 * (max(3, len(values) // 20) // 2) + 1
+    known = np.isfinite(values)
+    kernel = np.ones(width)
+    padded = np.pad(np.where(known, values, 0.0), width // 2)
+    sums = np.convolve(padded, kernel, "valid")
+    counts = np.convolve(np.pad(known.astype(float), width // 2), kernel, "valid")
+    return np.divide(sums, counts, out=np.full(len(values), np.nan), where=counts > 0)
+
+
+def _marker(values: Array) -> str:
+    """A point where there are too few values for a line."""
+    return "o" if len(values) < 3 else ""
+
+
+def _colours() -> tuple[str, ...]:
+    return COLOURS * 8

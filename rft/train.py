@@ -1,0 +1,72 @@
+"""Train a policy.
+
+    python -m rft.train +experiment=letters_bots
+    python -m rft.train +experiment=letters_bots scheduler=uniform name=mine seed=1
+    python -m rft.train -m +experiment=letters_bots seed=0,1,2
+    python -m rft.train +experiment=letters_bots dry_run=true
+
+Exit codes: 0 done; 2 a problem that you can mend, said in one line; 130 or 143 stopped by Ctrl-C
+or SIGTERM, with a checkpoint: the same command goes on from there.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from typing import Any
+
+from rft.errors import RftError
+
+
+def main() -> None:
+    """Compose the config, then run it; every error that a user can mend is one line."""
+    wants_traceback = os.environ.get("RFT_TRACEBACK") == "1"
+    os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; how errors look is decided here
+    import hydra
+    from hydra.core.config_store import ConfigStore
+    from hydra.core.hydra_config import HydraConfig
+    from hydra.errors import HydraException
+    from omegaconf import DictConfig
+    from omegaconf.errors import OmegaConfBaseException
+
+    from rft.config.compose import explain, to_config
+    from rft.config.schema import Config
+
+    ConfigStore.instance().store(name="schema", node=Config)
+
+    @hydra.main(version_base="1.3", config_path="pkg://rft.configs", config_name="train")
+    def launch(composed: DictConfig) -> None:
+        config = to_config(composed)
+        job = HydraConfig.get()
+        if job.mode is not None and job.mode.name == "MULTIRUN":
+            config.runs_dir, config.name = job.sweep.dir, job.sweep.subdir.replace("/", "_")
+        from rft.config.validate import validate
+
+        validate(config)
+        if config.dry_run:
+            from rft.config.dry_run import describe
+
+            print(describe(config))
+            return
+        from rft.run import run
+
+        code = run(config)
+        if code:
+            sys.exit(code)
+
+    try:
+        launch()
+    except (RftError, HydraException, OmegaConfBaseException) as error:
+        if wants_traceback:
+            raise
+        fail(explain(error))
+
+
+def fail(message: Any) -> None:
+    """Say what is wrong and end with exit code 2."""
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
