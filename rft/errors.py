@@ -14,8 +14,10 @@ class PartDied(RftError):
 
 
 def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
-    """A hint naming the closest known name, or the whole list if nothing is close."""
+    """A hint naming the closest known name, or all of them if none is close and they are few."""
     import difflib
 
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
-    return f"did you mean {close[0]!r}?" if close else f"known: {', '.join(sorted(known))}"
+    if close:
+        return f"did you mean {close[0]!r}?"
+    return f"known: {', '.join(sorted(known))}" if len(known) <= 24 else "--help lists what there is"

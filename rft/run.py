@@ -117,7 +117,10 @@ def _run(
 @contextmanager
 def owned(folder: Path) -> Iterator[None]:
     """Make the run's folder and keep other processes out of it meanwhile."""
-    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RftError(f"the run's folder {folder} cannot be made ({error}); set runs_dir") from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)

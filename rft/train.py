@@ -13,9 +13,12 @@ from __future__ import annotations
 
 import os
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from rft.errors import RftError
+
+if TYPE_CHECKING:
+    from rft.config.schema import Config
 
 
 def main() -> None:
@@ -34,38 +37,48 @@ def main() -> None:
 
     ConfigStore.instance().store(name="schema", node=Config)
 
+    codes: list[int] = []
+
     @hydra.main(version_base="1.3", config_path="pkg://rft.configs", config_name="train")
     def launch(composed: DictConfig) -> None:
-        config = to_config(composed)
-        job = HydraConfig.get()
-        if job.mode is not None and job.mode.name == "MULTIRUN":
-            config.runs_dir, config.name = job.sweep.dir, job.sweep.subdir.replace("/", "_")
-        from rft.config.validate import validate
-
-        validate(config)
-        if config.dry_run:
-            from rft.config.dry_run import describe
-
-            print(describe(config))
-            return
-        from rft.run import run
-
-        code = run(config)
-        if code:
-            sys.exit(code)
+        try:
+            config = to_config(composed)
+            job = HydraConfig.get()
+            if job.mode is not None and job.mode.name == "MULTIRUN":
+                config.runs_dir, config.name = job.sweep.dir, job.sweep.subdir.replace("/", "_")
+            codes.append(_job(config))
+        except (RftError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
+            if wants_traceback:
+                raise
+            codes.append(fail(explain(error)))
 
     try:
         launch()
-    except (RftError, HydraException, OmegaConfBaseException) as error:
+    except (HydraException, OmegaConfBaseException) as error:
         if wants_traceback:
             raise
-        fail(explain(error))
+        codes.append(fail(explain(error)))
+    sys.exit(max(codes, default=0))
 
 
-def fail(message: Any) -> None:
-    """Say what is wrong and end with exit code 2."""
+def _job(config: Config) -> int:
+    from rft.config.validate import validate
+
+    validate(config)
+    if config.dry_run:
+        from rft.config.dry_run import describe
+
+        print(describe(config))
+        return 0
+    from rft.run import run
+
+    return run(config)
+
+
+def fail(message: Any) -> int:
+    """Say what is wrong; the exit code for it."""
     print(f"error: {message}", file=sys.stderr)
-    sys.exit(2)
+    return 2
 
 
 if __name__ == "__main__":

@@ -282,6 +282,7 @@ def test_a_prompt_without_tokens_is_named(tmp_path):
         ("prompt", [{"role": "user", "content": 1}], "list"),
         ("prompt", [{"role": "user", "content": "p", "name": "n"}], "list"),
         ("prompt", "half a pair \ud800", "str"),
+        ("prompt", [{"role": "user", "content": "half a pair \ud800"}], "list"),
         ("answer", 4, "int"),
         ("answer", 4.0, "float"),
         ("answer", ["4"], "list"),
@@ -418,3 +419,18 @@ def test_a_model_folder_without_a_tokenizer_is_named(tmp_path, config):
     with pytest.raises(RftError, match=r"tokenizer.*model\.path") as caught:
         tokenizer_for(str(tmp_path))
     assert_says(str(caught.value), str(tmp_path))
+
+
+def test_a_dotted_column_reaches_into_a_struct(tmp_path: Path) -> None:
+    """GURU keeps the reference answer in reward_model.ground_truth."""
+    path = tmp_path / "guru.parquet"
+    rows = [{"prompt": "1+1=", "reward_model": {"style": "rule", "ground_truth": "2"}}]
+    pq.write_table(pa.Table.from_pylist(rows), path)
+    pool = load_pool(
+        str(path),
+        columns={"answer": "reward_model.ground_truth"},
+        split="train",
+        tokenize=lambda prompt: [1, 2],
+        max_prompt_tokens=8,
+    )
+    assert pool[0].answer == "2"

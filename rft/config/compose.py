@@ -11,13 +11,18 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
 from rft.config.schema import Config
+from rft.config.validate import PARTS
 from rft.errors import RftError, nearest
 
 
 def to_config(composed: DictConfig) -> Config:
     """The typed config, resolved. Raises `RftError` for what is still missing."""
+    # Hydra lets `+key=...` add what the schema does not know; a plain schema does not.
+    tree = OmegaConf.to_container(composed, resolve=False)
+    tree.pop("hydra", None)  # type: ignore[union-attr]
+    strict = OmegaConf.merge(OmegaConf.structured(Config), tree)
     try:
-        config = OmegaConf.to_object(composed)
+        config = OmegaConf.to_object(strict)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
         raise RftError(
@@ -50,13 +55,25 @@ def explain(error: Exception) -> str:
         key = str(unknown.group(1) or unknown.group(2))
         full = re.search(r"full_key: ([\w.]+)", text)
         key = full.group(1) if full and key in full.group(1) else key
-        return f"there is no config key {key!r}; {nearest(key, keys())}"
+        return f"there is no config key {key!r}; {_hint(key)}"
     first = next(line for line in str(error).splitlines() if line.strip())
     value = re.search(r"Value '(.*?)'.*", text)
     full = re.search(r"full_key: ([\w.]+)", text)
     if full and value:
         return f"{full.group(1)}: {value.group(0)}; its type is documented in rft/config/schema.py"
     return first
+
+
+def _hint(key: str) -> str:
+    """The key that was meant: the same last name elsewhere, an argument of a part, or the nearest."""
+    known = keys()
+    parent, _, leaf = key.rpartition(".")
+    same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
+    if len(same_leaf) == 1:
+        return f"did you mean {same_leaf[0]!r}?"
+    if parent in PARTS:
+        return f"an argument of {parent} that its YAML does not name is added with +{key}=..."
+    return nearest(key, known)
 
 
 def keys(config: Any = Config, prefix: str = "") -> list[str]:

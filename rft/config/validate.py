@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 import socket
-from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +12,15 @@ from rft.config.parts import check
 from rft.config.schema import Config
 from rft.errors import RftError, nearest
 
+PARTS = (
+    "scheduler.estimator",
+    "scheduler.selector",
+    "scheduler.planner",
+    "rollout.engine",
+    "reward.verifier",
+    "advantage",
+    "objective",
+)
 CHOICES = {
     "resume": ("auto", "never"),
     "model.dtype": ("float32", "bfloat16"),
@@ -53,9 +61,7 @@ AT_LEAST: dict[str, float] = {
 def validate(config: Config) -> None:
     """Raise `RftError` naming the first key that cannot work, its value and the mend."""
     _values(config)
-    for where in ("scheduler.estimator", "scheduler.selector", "scheduler.planner"):
-        check(where, get(config, where))
-    for where in ("rollout.engine", "reward.verifier", "advantage", "objective"):
+    for where in PARTS:
         check(where, get(config, where))
     for i, transform in enumerate(config.transforms):
         check(f"transforms[{i}]", transform)
@@ -206,14 +212,3 @@ def get(config: Any, path: str) -> Any:
     for name in path.split("."):
         config = getattr(config, name)
     return config
-
-
-def known_keys(config: Any, prefix: str = "") -> list[str]:
-    """Every dotted key of a config dataclass."""
-    keys = []
-    for f in fields(config):
-        value = getattr(config, f.name)
-        keys.append(prefix + f.name)
-        if hasattr(value, "__dataclass_fields__"):
-            keys += known_keys(value, f"{prefix}{f.name}.")
-    return keys

@@ -8,6 +8,7 @@
 from __future__ import annotations
 
 import os
+import sys
 from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import dataclass
@@ -87,6 +88,8 @@ class LearnerWorker:
         os.environ.update(LOCAL_RANK="0", RANK=str(self._rank), WORLD_SIZE=str(self._world))
         if s.device == "cpu":
             os.environ["DS_ACCELERATOR"] = "cpu"
+        # DeepSpeed looks for ninja on PATH, where it is only if the environment was activated.
+        os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
         if host == "127.0.0.1":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would listen on the host's own name
         import torch

@@ -87,7 +87,8 @@ def load_pool(
 ) -> TaskPool:
     """Read and check a pool.
 
-    `columns` maps our column names to the source's where they differ; `split` is read where the
+    `columns` maps our column names to the source's where they differ, `a.b` being field b of
+    struct column a; `split` is read where the
     source has several; `max_tasks` keeps the first ones (0: all). A NaN pass rate is an error, for
     it is more often a failed division than a statement; `nan_pass_rates="unknown"` reads it as
     null, which released pools need (GURU's parquet files).
@@ -167,7 +168,10 @@ class _Row(NamedTuple):
     names: Mapping[str, str]
 
     def get(self, column: str) -> Any:
-        return self.values.get(self.names[column])
+        value: Any = self.values
+        for name in self.names[column].split("."):  # "a.b" reaches into a column of structs
+            value = value.get(name) if isinstance(value, Mapping) else None
+        return value
 
     def error(self, column: str, problem: str, mend: str) -> RftError:
         return RftError(f"{self.where}, column {self.names[column]!r}: {problem}; {mend}")
@@ -300,9 +304,10 @@ def _rows(source: str, columns: Mapping[str, str], split: str) -> Iterator[_Row]
         if column not in COLUMNS:
             raise RftError(f"tasks.columns: no column {column!r}; {nearest(column, COLUMNS)}")
     names = {column: columns.get(column, column) for column in COLUMNS}
-    place, present, rows = _open(source, list(names.values()), split)
+    tops = {column: name.partition(".")[0] for column, name in names.items()}
+    place, present, rows = _open(source, list(tops.values()), split)
     for column in (*REQUIRED, *columns):
-        if names[column] not in present and present:
+        if tops[column] not in present and present:
             raise RftError(
                 f"the pool {source!r} has no column {names[column]!r} ({column}); "
                 f"{nearest(names[column], present)}; name it with tasks.columns.{column}=..."

@@ -26,6 +26,7 @@ COLOURS = {
     "score": "yellow",
     "learn": "green",
     "sync": "cyan",
+    "report": "red",
     "evaluate": "bright_black",
     "checkpoint": "white",
 }

@@ -13,7 +13,7 @@ from matplotlib.ticker import MaxNLocator
 from rft.tracking.display import PHASES
 from rft.tracking.run import Array, Run
 
-COLOURS = ("#3b76d6", "#e0823d", "#2f9e6e", "#b65fcf", "#d25a5a", "#8a8f98", "#c2a13a")
+COLOURS = ("#3b76d6", "#e0823d", "#2f9e6e", "#b65fcf", "#d25a5a", "#4bb3c4", "#8a8f98", "#c2a13a")
 THEMES = {"light": ("#3a4250", "#e3e7ec"), "dark": ("#b4bdca", "#2e3641")}  # text, lines
 BINS = 80
 
@@ -51,7 +51,7 @@ def draw(run: Run, panels: list[str], theme: str, columns: int = 1) -> bytes:
                 axes.set_title(name)
             PANELS[name](axes, run)
             axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True))
+            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
             axes.tick_params(length=0)
             if not axes.has_data():
                 axes.set(xticks=[], yticks=[], xlabel="")

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-PHASES = ("select", "generate", "score", "learn", "sync", "evaluate", "checkpoint")
+PHASES = ("select", "generate", "score", "learn", "sync", "report", "evaluate", "checkpoint")
 
 
 def number(metrics: Mapping[str, float | None], name: str) -> float | None:

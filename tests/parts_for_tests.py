@@ -1,0 +1,48 @@
+"""Parts that live outside the package, as a user's would, and give a random model rewards."""
+
+import os
+import signal
+from pathlib import Path
+
+import numpy as np
+
+from rft.records import Finish, Task
+from rft.scheduler.planners import Constant, PlanView
+from rft.scheduler.selectors import Stateless
+
+
+class DigitParity:
+    """1 where the number of digits in the text is odd: a random model gets mixed groups."""
+
+    def __call__(self, task: Task, text: str, finish: Finish) -> float:
+        return float(sum(c.isdigit() for c in text) % 2)
+
+
+class FirstTasks(Stateless):
+    """A selector of one's own: always the first tasks that are left."""
+
+    def __init__(self, *, skip: int = 0) -> None:
+        self._skip = skip
+
+    def select(self, estimator, k, exclude, rng):  # type: ignore[no-untyped-def]
+        return np.flatnonzero(~exclude)[self._skip : self._skip + k]
+
+
+class TooGenerous:
+    """A verifier that breaks its promise."""
+
+    def __call__(self, task: Task, text: str, finish: Finish) -> float:
+        return 1.7
+
+
+class DiesOnce(Constant):
+    """A planner that takes its process with it, once, after step 3 was observed."""
+
+    def __init__(self, *, died: str) -> None:
+        self._died = Path(died)
+
+    def next_requests(self, view: PlanView) -> list[tuple[int, int]]:
+        if view.step == 4 and not self._died.exists():
+            self._died.touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+        return super().next_requests(view)

@@ -1,0 +1,291 @@
+"""Whole runs as a user starts them: real engines, real DeepSpeed, real Ray, on a tiny model."""
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import psutil
+import pytest
+from running import ENV, assert_same_run, check, lines, overrides, train
+
+
+def metrics(folder: Path) -> list[dict[str, float]]:
+    return lines(folder / "metrics.jsonl")
+
+
+def residue() -> set[str]:
+    """What a run could leave behind: processes, Ray's folders, shared-memory segments."""
+    names = {"raylet", "gcs_server", "spawn_main", "rft.train", "ray::"}
+    processes = set()
+    for process in psutil.process_iter(["cmdline", "status"]):
+        line = " ".join(process.info["cmdline"] or [])
+        if process.info["status"] != psutil.STATUS_ZOMBIE and any(name in line for name in names):
+            processes.add(f"{process.pid} {line[:120]}")
+    folders = {str(p) for p in Path("/tmp").glob("rft-ray-*")}
+    return processes | folders | {str(p) for p in Path("/dev/shm").iterdir()}
+
+
+def left_behind(before: set[str]) -> set[str]:
+    """What is there beyond `before`, after a few seconds' grace for processes to end."""
+    deadline = time.monotonic() + 15
+    while (left := residue() - before) and time.monotonic() < deadline:
+        time.sleep(0.5)  # polling other processes: there is nothing to wait on
+    return left
+
+
+@pytest.fixture(scope="module")
+def inline(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A finished inline run, transformers engine, float32."""
+    folder = tmp_path_factory.mktemp("inline")
+    check(train(*overrides(tiny_model, folder, "inline")))
+    return folder / "inline"
+
+
+def test_inline_and_ray_are_the_same_run(inline: Path, tiny_model: Path) -> None:
+    """Rewards, losses, posteriors and final weights, bit for bit; and Ray leaves nothing behind."""
+    before = residue()
+    check(train(*overrides(tiny_model, inline.parent, "ray", "cluster=ray")))
+    assert_same_run(inline, inline.parent / "ray")
+    assert not left_behind(before)
+
+
+def test_two_runs_are_equal_and_another_seed_differs(inline: Path, tiny_model: Path) -> None:
+    check(train(*overrides(tiny_model, inline.parent, "again")))
+    assert_same_run(inline, inline.parent / "again")
+    check(train(*overrides(tiny_model, inline.parent, "other", "seed=1")))
+    assert metrics(inline) != metrics(inline.parent / "other")
+
+
+def test_vllm_agrees_with_the_learner_at_any_temperature(tiny_model: Path, tmp_path: Path) -> None:
+    """Engine and learner in processes of their own, float32: log-probs agree at every step."""
+    run = ["rollout=vllm", "rollout.max_tokens=12", "cluster=ray", "rollout.temperature=0.7"]
+    check(train(*overrides(tiny_model, tmp_path, "vllm", *run)))
+    rows = metrics(tmp_path / "vllm")
+    assert len(rows) == 8
+    assert all(row["mismatch/max_abs"] < 1e-4 for row in rows)
+    assert all(0 <= row["sync/probe_gap"] < 1e-4 for row in rows)
+    assert [row["version"] for row in rows] == list(range(1, 9))
+    assert all(row["staleness/max"] == 0 for row in rows)
+
+
+@pytest.mark.parametrize(
+    "extra",
+    [
+        ["cluster=ray", "learner.workers=2", "learner.zero_stage=3", "scheduler=uniform"],
+        ["learner.zero_stage=0", "objective.kl_coef=0.05", "learner.updates=2"],
+        ["model.dtype=bfloat16", "objective.aggregation=sequence_mean", "learner.zero_stage=2"],
+        ["model.gradient_checkpointing=true", "objective.aggregation=constant", "rollout=vllm",
+         "rollout.max_tokens=12"],
+    ],
+    ids=["zero3-uniform", "kl-updates", "bfloat16", "vllm-inline"],
+)  # fmt: skip
+def test_runs_by_override_alone(extra: list[str], tiny_model: Path, tmp_path: Path) -> None:
+    check(train(*overrides(tiny_model, tmp_path, "run", "steps=3", *extra)))
+    rows = metrics(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    assert all(row["policy/grad_norm"] > 0 for row in rows)
+    policy = tmp_path / "run" / "checkpoints" / "step_3" / "policy"
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    AutoModelForCausalLM.from_pretrained(policy)
+    assert AutoTokenizer.from_pretrained(policy)("rab=").input_ids[0] == 1
+
+
+def test_phases_sum_to_the_step(inline: Path) -> None:
+    rows = [json.loads(line) for line in (inline / "metrics.jsonl").read_text().splitlines()]
+    phases = sum(v for row in rows for k, v in row.items() if k[:5] == "time/" and k != "time/step")
+    total = sum(row["time/step"] for row in rows)
+    assert 0.9 * total < phases <= total * 1.001
+
+
+def test_a_selector_from_outside_the_package(tiny_model: Path, tmp_path: Path) -> None:
+    """One Python file, named by `_target_`: nothing in rft is edited."""
+    extra = ["scheduler.selector={_target_: parts_for_tests.FirstTasks, skip: 3}", "steps=1"]
+    check(train(*overrides(tiny_model, tmp_path, "run", *extra)))
+    journal = (tmp_path / "run" / "scheduler" / "journal.jsonl").read_text().splitlines()
+    plan = json.loads(journal[0])
+    pool = [json.loads(line)["id"] for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
+    assert [task for task, _ in plan["requests"]] == pool[3:7]
+
+
+@pytest.mark.parametrize("cluster", ["inline", "ray"])
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_ends_with_a_checkpoint_and_nothing_left(
+    number: signal.Signals, cluster: str, inline: Path, tiny_model: Path, tmp_path: Path
+) -> None:
+    """The signalled run resumes to the same end as one that was left alone."""
+    before = residue()
+    name = f"{number.name}-{cluster}"
+    arguments = overrides(tiny_model, tmp_path, name, f"cluster={cluster}", "checkpoint.every=100")
+    process = subprocess.Popen(
+        [sys.executable, "-m", "rft.train", *arguments],
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        start_new_session=True,
+    )
+    assert process.stdout is not None
+    for line in process.stdout:
+        if line.startswith("step 2/"):
+            os.killpg(process.pid, number)  # Ctrl-C reaches every process of the terminal
+            break
+    output = process.stdout.read()
+    assert process.wait(60) == 128 + number, output
+    assert not left_behind(before), output
+    assert list((tmp_path / name / "checkpoints").glob("step_*")), output
+    check(train(*arguments))
+    expected, found = metrics(inline), metrics(tmp_path / name)
+    assert found == expected
+
+
+def test_an_error_in_the_middle_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
+    """A verifier that breaks its promise stops the run with its name."""
+    before = residue()
+    extra = ["cluster=ray", "reward.verifier._target_=parts_for_tests.TooGenerous"]
+    done = train(*overrides(tiny_model, tmp_path, "run", *extra))
+    check(done, 2)
+    assert "TooGenerous" in done.stderr
+    assert "Traceback" not in done.stderr
+    assert not left_behind(before)
+
+
+def test_a_killed_scheduler_comes_back_and_changes_nothing(inline: Path, tiny_model: Path) -> None:
+    died = inline.parent / "died"
+    planner = f"scheduler.planner={{_target_: parts_for_tests.DiesOnce, died: {died}}}"
+    check(train(*overrides(tiny_model, inline.parent, "revived", "cluster=ray", planner)))
+    assert died.exists()
+    assert_same_run(inline, inline.parent / "revived")
+
+
+def test_a_finished_run_is_not_repeated_and_a_changed_one_refused(
+    inline: Path, tiny_model: Path
+) -> None:
+    before = (inline / "metrics.jsonl").read_bytes()
+    done = train(*overrides(tiny_model, inline.parent, "inline"))
+    check(done)
+    assert "finished" in done.stdout
+    changed = train(*overrides(tiny_model, inline.parent, "inline", "learner.lr=2e-3"))
+    check(changed, 2)
+    assert "learner.lr: 0.001 -> 0.002" in changed.stderr
+    assert (inline / "metrics.jsonl").read_bytes() == before
+
+
+def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    arguments = overrides(tiny_model, tmp_path, "run")
+    check(train(*arguments, "steps=4"))
+    with open(tmp_path / "run/checkpoints/step_4/policy/model.safetensors", "r+b") as file:
+        file.truncate(1000)
+    done = train(*arguments)
+    check(done)
+    assert "step_4 is damaged (policy/model.safetensors was truncated or altered)" in done.stdout
+    assert "after step 2" in done.stdout
+    with open(tmp_path / "run/checkpoints/step_8/state.json", "a") as file:
+        file.write(" ")
+    with open(tmp_path / "run/checkpoints/step_6/state.json", "a") as file:
+        file.write(" ")
+    done = train(*arguments)
+    check(done, 2)
+    assert "are damaged" in done.stderr
+
+
+def test_a_sweep_gives_each_job_its_own_run(tiny_model: Path, tmp_path: Path) -> None:
+    check(train("-m", *overrides(tiny_model, tmp_path, "sweep", "steps=1"), "seed=0,1"))
+    found = sorted((tmp_path / "sweep").rglob("metrics.jsonl"))
+    assert len(found) == 2
+    assert metrics(found[0].parent) != metrics(found[1].parent)
+
+
+BAD = {
+    "unknown key": (["learner.lrr=1"], "did you mean 'learner.lr'"),
+    "added unknown key": (["+learner.lrr=1"], "did you mean 'learner.lr'"),
+    "unknown group": (["scheduler=botz"], "did you mean 'bots'"),
+    "unknown experiment": (["+experiment=letters_bot"], "did you mean 'letters_bots'"),
+    "wrong type": (["learner.lr=fast"], "learner.lr"),
+    "not a choice": (["learner.schedule=cosin"], "did you mean 'cosine'"),
+    "out of range": (["learner.zero_stage=4"], "learner.zero_stage=4"),
+    "unknown argument of a part": (["+scheduler.selector.targte=0.4"], "did you mean 'target'"),
+    "no such part": (["scheduler.selector._target_=rft.scheduler.selectors.Unifrm"], "'Uniform'"),
+    "no model": (["model.path=/nowhere/model"], "model.path=/nowhere/model"),
+    "no pool": (["tasks.train=nowhere.jsonl"], "tasks.train=nowhere.jsonl"),
+    "more positions than the model has": (["rollout.max_tokens=60"], "64 positions"),
+    "a budget that holds no sequence": (["learner.token_budget=8"], "learner.token_budget=8"),
+    "more ranks than cores": (["cluster=ray", "learner.workers=4096"], "learner.workers=4096"),
+    "inline with ranks": (["learner.workers=2"], "cluster=inline"),
+    "a GPU run without a GPU": (["cluster.device=cuda"], "without an NVIDIA GPU"),
+    "more tasks than the pool": (["tasks_per_step=4000"], "tasks_per_step=4000"),
+}
+
+
+@pytest.mark.parametrize("case", BAD)
+def test_bad_input_is_one_clear_line(case: str, tiny_model: Path, tmp_path: Path) -> None:
+    extra, words = BAD[case]
+    done = train(*overrides(tiny_model, tmp_path, "run", *extra))
+    check(done, 2)
+    assert words in done.stderr
+    assert "Traceback" not in done.stderr
+    assert done.stderr.count("\n") == 1, done.stderr
+    assert not (tmp_path / "run").exists() or not list((tmp_path / "run").rglob("*.jsonl"))
+
+
+def test_an_occupied_port_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    import socket
+
+    with socket.socket() as taken:
+        taken.bind(("127.0.0.1", 0))
+        taken.listen()
+        port = taken.getsockname()[1]
+        extra = ["cluster=ray", "learner.workers=2", f"learner.port={port}"]
+        done = train(*overrides(tiny_model, tmp_path, "run", *extra))
+    check(done, 2)
+    assert f"learner.port={port}" in done.stderr
+
+
+def test_a_read_only_folder_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    done = train(*overrides(tiny_model, tmp_path, "run", "runs_dir=/proc/nowhere"))
+    check(done, 2)
+    assert "/proc/nowhere" in done.stderr
+
+
+def test_a_model_without_a_tokenizer_is_named(tiny_model: Path, tmp_path: Path) -> None:
+    bare = tmp_path / "bare"
+    bare.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (bare / name).write_bytes((tiny_model / name).read_bytes())
+    done = train(*overrides(tiny_model, tmp_path, "run", f"model.path={bare}"))
+    check(done, 2)
+    assert "tokenizer" in done.stderr
+
+
+def test_the_config_is_refused_without_torch(tiny_model: Path, tmp_path: Path) -> None:
+    """Validation of a good config imports neither torch nor ray nor vllm nor transformers."""
+    code = (
+        "import sys; from hydra import compose, initialize_config_module\n"
+        "from hydra.core.config_store import ConfigStore\n"
+        "from rft.config.schema import Config; from rft.config.compose import to_config\n"
+        "from rft.config.validate import validate\n"
+        "ConfigStore.instance().store(name='schema', node=Config)\n"
+        "with initialize_config_module('rft.configs', version_base='1.3'):\n"
+        "    config = to_config(compose('train', sys.argv[1:]))\n"
+        "validate(config)\n"
+        "print([m for m in ('torch', 'ray', 'vllm', 'transformers') if m in sys.modules])\n"
+    )
+    arguments = overrides(tiny_model, tmp_path, "run")
+    done = subprocess.run(
+        [sys.executable, "-c", code, *arguments], env=ENV, capture_output=True, text=True
+    )
+    assert done.stdout.strip() == "[]", done.stderr
+
+
+def test_dry_run_says_what_would_happen(tiny_model: Path, tmp_path: Path) -> None:
+    done = train(*overrides(tiny_model, tmp_path, "run", "dry_run=true"))
+    check(done)
+    for words in ("4 tasks x 8 rollouts = 32 rollouts", "all parts in this process", "parameters"):
+        assert words in done.stdout
+    assert not (tmp_path / "run").exists()
