@@ -20,4 +20,6 @@ def nearest(name: str, known: list[str] | tuple[str, ...]) -> str:
     close = difflib.get_close_matches(name, known, n=1, cutoff=0.5)
     if close:
         return f"did you mean {close[0]!r}?"
-    return f"known: {', '.join(sorted(known))}" if len(known) <= 24 else "--help lists what there is"
+    return (
+        f"known: {', '.join(sorted(known))}" if len(known) <= 24 else "--help lists what there is"
+    )

@@ -9,8 +9,8 @@ import numpy as np
 import numpy.typing as npt
 
 from rft.batch import Group
-from rft.records import Totals
 from rft.records import Sequence as TrainSequence
+from rft.records import Totals
 from rft.tasks.pool import TaskPool
 
 

@@ -64,9 +64,7 @@ def run(config: Config) -> int:
         return _run(config, folder, pool, evaluation)
 
 
-def _run(
-    config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool]
-) -> int:
+def _run(config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool]) -> int:
     same_config(config, folder)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     notes: list[str] = []
@@ -120,7 +118,9 @@ def owned(folder: Path) -> Iterator[None]:
     try:
         folder.mkdir(parents=True, exist_ok=True)
     except OSError as error:
-        raise RftError(f"the run's folder {folder} cannot be made ({error}); set runs_dir") from error
+        raise RftError(
+            f"the run's folder {folder} cannot be made ({error}); set runs_dir"
+        ) from error
     lock = FileLock(folder / ".lock")
     try:
         lock.acquire(timeout=0)
@@ -142,7 +142,7 @@ def same_config(config: Config, folder: Path) -> None:
     if path.exists():
         if config.resume == "never":
             raise RftError(
-                f"{folder} holds a run already and resume=never; choose another name, or resume=auto"
+                f"{folder} holds a run and resume=never; choose another name, or resume=auto"
             )
         then = yaml.safe_load(path.read_text("utf-8"))
         changed = [

@@ -39,7 +39,7 @@ def main() -> None:
 
     codes: list[int] = []
 
-    @hydra.main(version_base="1.3", config_path="pkg://rft.configs", config_name="train")
+    @hydra.main(version_base="1.3", config_path="pkg://rft.configs", config_name="train")  # type: ignore[untyped-decorator]
     def launch(composed: DictConfig) -> None:
         try:
             config = to_config(composed)

@@ -15,7 +15,7 @@ VOCABULARY = 64
 
 @pytest.fixture(scope="session")
 def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A Qwen2 folder with random weights (0.1M parameters) and a tokenizer of single characters.
+    """A Qwen2 folder with random weights (0.2M parameters) and a tokenizer of single characters.
 
     pad 0, bos 1, eos 2, then CHARACTERS; the tokenizer puts bos first. At most 64 positions.
     """
@@ -26,7 +26,7 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("models") / "tiny"
     config = Qwen2Config(
         vocab_size=VOCABULARY,
-        hidden_size=64,
+        hidden_size=128,  # heads of 32: the smallest that vLLM computes on CPU
         intermediate_size=160,
         num_hidden_layers=2,
         num_attention_heads=4,

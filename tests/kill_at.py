@@ -1,6 +1,6 @@
 """Run a training that kills itself, -9, at a named point of a step. Used by test_resume.
 
-    python tests/kill_at.py POINT STEP override override ...
+python tests/kill_at.py POINT STEP override override ...
 """
 
 import os

@@ -23,7 +23,9 @@ def write_pool(path: Path, tasks: int = 40) -> Path:
     for i in range(tasks):
         word = format(i + 2, "b").replace("0", "a").replace("1", "b")
         weak = None if i % 7 == 0 else round(i / tasks / 2, 3)
-        rows.append({"id": word, "prompt": f"r{word}=", "answer": word, "weak": weak, "strong": 0.9})
+        rows.append(
+            {"id": word, "prompt": f"r{word}=", "answer": word, "weak": weak, "strong": 0.9}
+        )
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     return path
 
@@ -57,7 +59,9 @@ def overrides(model: Path, folder: Path, name: str, *more: str) -> list[str]:
     ]
 
 
-def train(*arguments: str, kill_at: tuple[str, int] | None = None) -> subprocess.CompletedProcess[str]:
+def train(
+    *arguments: str, kill_at: tuple[str, int] | None = None
+) -> subprocess.CompletedProcess[str]:
     """Run to the end and return it; with `kill_at`, until it kills itself there."""
     start = [sys.executable, "-m", "rft.train"]
     if kill_at is not None:

@@ -1,9 +1,6 @@
 """Kill -9 anywhere, resume: the same run, bit for bit."""
 
-import os
 import signal
-import subprocess
-import time
 from pathlib import Path
 
 import pytest

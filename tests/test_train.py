@@ -5,10 +5,12 @@ import os
 import signal
 import subprocess
 import sys
+import tempfile
 import time
+import uuid
+from collections.abc import Iterator
 from pathlib import Path
 
-import psutil
 import pytest
 from running import ENV, assert_same_run, check, lines, overrides, train
 
@@ -17,24 +19,40 @@ def metrics(folder: Path) -> list[dict[str, float]]:
     return lines(folder / "metrics.jsonl")
 
 
-def residue() -> set[str]:
-    """What a run could leave behind: processes, Ray's folders, shared-memory segments."""
-    names = {"raylet", "gcs_server", "spawn_main", "rft.train", "ray::"}
-    processes = set()
-    for process in psutil.process_iter(["cmdline", "status"]):
-        line = " ".join(process.info["cmdline"] or [])
-        if process.info["status"] != psutil.STATUS_ZOMBIE and any(name in line for name in names):
-            processes.add(f"{process.pid} {line[:120]}")
-    folders = {str(p) for p in Path("/tmp").glob("rft-ray-*")}
-    return processes | folders | {str(p) for p in Path("/dev/shm").iterdir()}
+@pytest.fixture
+def spotless(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """Fails if a run of this test leaves a process, temporary file or shared-memory segment.
+
+    Children inherit a mark in their environment, whoever their parent becomes.
+    """
+    mark = f"RFT_TEST_MARK={uuid.uuid4()}"
+    segments = set(Path("/dev/shm").iterdir())
+    with tempfile.TemporaryDirectory(dir="/tmp") as temporary:  # short: Ray keeps sockets there
+        monkeypatch.setitem(ENV, *mark.split("="))
+        monkeypatch.setitem(ENV, "TMPDIR", temporary)
+        yield
+
+        def left() -> list[str]:
+            found = [str(path) for path in Path(temporary).iterdir()]
+            found += [str(path) for path in set(Path("/dev/shm").iterdir()) - segments]
+            return found + marked(mark)
+
+        deadline = time.monotonic() + 15  # grace: processes end a little after their parent
+        while left() and time.monotonic() < deadline:
+            time.sleep(0.3)  # of other processes: there is nothing to wait on
+        assert left() == []
 
 
-def left_behind(before: set[str]) -> set[str]:
-    """What is there beyond `before`, after a few seconds' grace for processes to end."""
-    deadline = time.monotonic() + 15
-    while (left := residue() - before) and time.monotonic() < deadline:
-        time.sleep(0.5)  # polling other processes: there is nothing to wait on
-    return left
+def marked(mark: str) -> list[str]:
+    """Command lines of live processes with `mark` in their environment."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        try:
+            if mark.encode() in (folder / "environ").read_bytes().split(b"\0"):
+                found.append((folder / "cmdline").read_bytes().replace(b"\0", b" ").decode())
+        except (FileNotFoundError, ProcessLookupError, PermissionError):
+            continue  # ended meanwhile, or somebody else's
+    return found
 
 
 @pytest.fixture(scope="module")
@@ -45,12 +63,11 @@ def inline(tiny_model: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder / "inline"
 
 
+@pytest.mark.usefixtures("spotless")
 def test_inline_and_ray_are_the_same_run(inline: Path, tiny_model: Path) -> None:
     """Rewards, losses, posteriors and final weights, bit for bit; and Ray leaves nothing behind."""
-    before = residue()
     check(train(*overrides(tiny_model, inline.parent, "ray", "cluster=ray")))
     assert_same_run(inline, inline.parent / "ray")
-    assert not left_behind(before)
 
 
 def test_two_runs_are_equal_and_another_seed_differs(inline: Path, tiny_model: Path) -> None:
@@ -112,13 +129,13 @@ def test_a_selector_from_outside_the_package(tiny_model: Path, tmp_path: Path) -
     assert [task for task, _ in plan["requests"]] == pool[3:7]
 
 
+@pytest.mark.usefixtures("spotless")
 @pytest.mark.parametrize("cluster", ["inline", "ray"])
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_ends_with_a_checkpoint_and_nothing_left(
     number: signal.Signals, cluster: str, inline: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
     """The signalled run resumes to the same end as one that was left alone."""
-    before = residue()
     name = f"{number.name}-{cluster}"
     arguments = overrides(tiny_model, tmp_path, name, f"cluster={cluster}", "checkpoint.every=100")
     process = subprocess.Popen(
@@ -136,22 +153,20 @@ def test_a_signal_ends_with_a_checkpoint_and_nothing_left(
             break
     output = process.stdout.read()
     assert process.wait(60) == 128 + number, output
-    assert not left_behind(before), output
     assert list((tmp_path / name / "checkpoints").glob("step_*")), output
     check(train(*arguments))
     expected, found = metrics(inline), metrics(tmp_path / name)
     assert found == expected
 
 
+@pytest.mark.usefixtures("spotless")
 def test_an_error_in_the_middle_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
     """A verifier that breaks its promise stops the run with its name."""
-    before = residue()
     extra = ["cluster=ray", "reward.verifier._target_=parts_for_tests.TooGenerous"]
     done = train(*overrides(tiny_model, tmp_path, "run", *extra))
     check(done, 2)
     assert "TooGenerous" in done.stderr
     assert "Traceback" not in done.stderr
-    assert not left_behind(before)
 
 
 def test_a_killed_scheduler_comes_back_and_changes_nothing(inline: Path, tiny_model: Path) -> None:

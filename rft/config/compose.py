@@ -18,8 +18,8 @@ from rft.errors import RftError, nearest
 def to_config(composed: DictConfig) -> Config:
     """The typed config, resolved. Raises `RftError` for what is still missing."""
     # Hydra lets `+key=...` add what the schema does not know; a plain schema does not.
-    tree = OmegaConf.to_container(composed, resolve=False)
-    tree.pop("hydra", None)  # type: ignore[union-attr]
+    tree: Any = OmegaConf.to_container(composed, resolve=False)
+    tree.pop("hydra", None)
     strict = OmegaConf.merge(OmegaConf.structured(Config), tree)
     try:
         config = OmegaConf.to_object(strict)
@@ -42,9 +42,9 @@ def explain(error: Exception) -> str:
     """One line that names the thing, its value and the mend."""
     if isinstance(error, RftError):
         return str(error)
-    causes = [error]
+    causes: list[BaseException] = [error]
     while causes[-1].__cause__ is not None:
-        causes.append(causes[-1].__cause__)  # type: ignore[arg-type]  # Hydra chains exceptions only
+        causes.append(causes[-1].__cause__)
     text = "\n".join(str(cause) for cause in causes)
     missing = re.search(r"Could not find '([\w-]+)/([\w.-]+)'", text)
     if missing:
@@ -65,7 +65,7 @@ def explain(error: Exception) -> str:
 
 
 def _hint(key: str) -> str:
-    """The key that was meant: the same last name elsewhere, an argument of a part, or the nearest."""
+    """The key that was meant: one of the same last name, a part's argument, or the nearest."""
     known = keys()
     parent, _, leaf = key.rpartition(".")
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
@@ -81,7 +81,7 @@ def keys(config: Any = Config, prefix: str = "") -> list[str]:
     found = []
     for f in fields(config):
         found.append(prefix + f.name)
-        nested = f.default_factory if isinstance(f.default_factory, type) else None
-        if nested is not None and is_dataclass(nested):
+        nested: Any = f.default_factory
+        if is_dataclass(nested):
             found += keys(nested, f"{prefix}{f.name}.")
     return found

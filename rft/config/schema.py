@@ -33,7 +33,7 @@ class TasksConfig:
     evaluation: dict[str, str] = field(default_factory=dict)
     """Held-out sets by name; the first one decides which checkpoint is the best."""
     columns: dict[str, str] = field(default_factory=dict)
-    """Our column name -> the file's, where they differ: id, prompt, answer, weak, strong, domain."""
+    """Our name -> the file's, where they differ: id, prompt, answer, weak, strong, domain."""
     split: str = "train"
     """Split to read where the source is a dataset id."""
     max_prompt_tokens: int = 1024
@@ -109,14 +109,14 @@ class ClusterConfig:
     mode: str = "ray"
     """ray: every part in a process of its own; inline: all in this one, for a debugger."""
     address: str = "local"
-    """local starts a Ray cluster on this machine's loopback; auto or host:port joins a running one."""
+    """local starts a Ray cluster on this machine; auto or host:port joins a running one."""
     device: str = "auto"
     """cpu, cuda, or auto: cuda where a GPU is found."""
     placement: str = "disaggregated"
     """On GPU: disaggregated (engines and learner on their own GPUs) or colocated (shared; engines
     sleep while the learner works)."""
     threads: int = 0
-    """CPU threads of each engine and learner rank; 0 divides the machine's cores by learner ranks."""
+    """CPU threads of each engine and each learner rank; 0 shares the machine's cores out."""
 
 
 @dataclass

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -16,7 +18,7 @@ class TokenLogProbs(nn.Module):
     as a whole, since ZeRO-3 gathers parameters in the forward pass of the module that it wraps.
     """
 
-    def __init__(self, model: nn.Module, temperature: float) -> None:
+    def __init__(self, model: Any, temperature: float) -> None:
         super().__init__()
         self.model = model
         self._temperature = temperature

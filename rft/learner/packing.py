@@ -19,7 +19,7 @@ def assign(lengths: list[int], *, ranks: int, token_budget: int) -> list[list[li
     """
     if lengths and max(lengths) > token_budget:
         raise RftError(
-            f"a sequence of {max(lengths)} tokens does not fit learner.token_budget={token_budget}; "
+            f"a sequence of {max(lengths)} tokens is over learner.token_budget={token_budget}; "
             "raise the budget or lower rollout.max_tokens"
         )
     shares: list[list[int]] = [[] for _ in range(ranks)]

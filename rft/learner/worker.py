@@ -319,7 +319,7 @@ class LearnerWorker:
         return *self._engine(tokens_BT, targets_BT), tokens_BT, targets_BT
 
     def _full_parameters(self, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, one bucket gathered at a time. Nothing is yielded if not `keep`."""
+        """Every parameter whole, gathered a bucket at a time; yields nothing if not `keep`."""
         from deepspeed.runtime.zero import GatheredParameters
 
         zero3 = self._settings.zero_stage == 3

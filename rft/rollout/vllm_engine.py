@@ -115,7 +115,7 @@ class VllmEngine:
         return np.array([row[token].logprob for row, token in pairs if row], dtype=np.float32)
 
     def load_weights(self, bundle: WeightBundle) -> Receipt:
-        """Replace the weights and forget every cached prefix. Raises RftError for a damaged bundle."""
+        """Replace the weights, forget every cached prefix. RftError for a damaged bundle."""
         from rft.weights import verify
 
         checksum = verify(bundle)

@@ -13,14 +13,18 @@ import json
 import os
 import random
 import shutil
-from collections import defaultdict
-from collections.abc import Iterable
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, replace
+from functools import partial
+from itertools import chain
 from pathlib import Path
+from statistics import fmean
 from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
+from rich.progress import Progress
 
 from rft.errors import RftError
 from rft.records import Task
@@ -32,8 +36,32 @@ LONGEST = 16
 LENGTHS = range(2, LONGEST + 1)
 MANIFEST = "manifest.json"
 """Written last: a folder that holds it is complete."""
+WRONG = "-wrong"
+"""Ends the id of a mislabelled task."""
 PATIENCE = 1800.0
 """Seconds to wait for another process that builds the same folder."""
+
+README = """# Letters: tasks and models to try GRPO on, made by rft
+
+Words of {shortest} to {longest} letters are to be reversed (`rabc=` -> `cba`) or sorted \
+(`scab=` -> `abc`).
+
+- `base/`: the model to finetune, a Qwen2 of 0.7M parameters. It is **not** a model that merely saw
+  little data: it was deliberately warmed up on a corpus of mixed quality, of right demonstrations
+  and of systematically wrong ones (a copy instead of a reversal, a descending instead of an
+  ascending order). The longer the word, the more of them were wrong. So it half knows what is
+  asked, and reinforcement learning gains quickly; do not expect that speed of other models.
+- `strong/`: the base after more warm-up on right demonstrations only. A reference, not a goal.
+- `train.jsonl`, `validation.jsonl`, `test.jsonl`: tasks; no prompt is in two of them, and no prompt
+  of the last two was in the warm-up. `weak` and `strong` are pass rates of the two models.
+- `manifest.json`: how all of this was made, and the table below.
+
+Mean pass rates, sampled at temperature 1, of tasks whose answers are right:
+
+| tasks | base | strong |
+| --- | --- | --- |
+{table}
+"""
 
 
 def prepare(
@@ -174,42 +202,78 @@ def _locked(path: Path, console: Console) -> Iterator[None]:
 
 
 def _build(folder: Path, settings: dict[str, Any], console: Console) -> None:
-    from rft.tasks import letters_model
+    from rft.tasks import letters_model  # imports torch, which a complete folder does not need
 
     seed, base_steps, strong_steps = (settings[k] for k in ("seed", "base_steps", "strong_steps"))
     sets = make_tasks(
         seed, settings["train_tasks"], settings["held_out_tasks"], settings["mislabelled"]
     )
-    every = [task for tasks in sets.values() for task in tasks]
+    tasks = [task for chosen in sets.values() for task in chosen]
     held_out = {task.prompt for name in ("validation", "test") for task in sets[name]}
     with Progress(console=console) as progress:
 
         def bar(text: str, total: int) -> Callable[[], None]:
             return partial(progress.advance, progress.add_task(text, total=total))
 
-        advance = [
-            bar("base model", base_steps),
-            bar("strong reference", strong_steps),
-            bar("pass rates", 2 * len(every)),
-        ]
+        base_bar, strong_bar = bar("base model", base_steps), bar("strong reference", strong_steps)
+        rates_bar = bar("pass rates", 2 * len(tasks))
         model = letters_model.make_model(seed)
-        corpus = letters_model.demonstrations(seed, wrong=0.985, avoid=held_out)
-        letters_model.warm_up(model, corpus, base_steps, 3e-3, advance[0])
+        mixed = letters_model.demonstrations(seed, wrong=0.985, avoid=held_out)
+        letters_model.warm_up(model, mixed, base_steps, 3e-3, base_bar)
         letters_model.save(model, folder / "base")
-        corpus = letters_model.demonstrations(seed + 1, wrong=0.0, avoid=held_out)
-        letters_model.warm_up(model, corpus, strong_steps, 1.5e-3, advance[1])
+        clean = letters_model.demonstrations(seed + 1, wrong=0.0, avoid=held_out)
+        letters_model.warm_up(model, clean, strong_steps, 1.5e-3, strong_bar)
         letters_model.save(model, folder / "strong")
-        rates = {
-            name: letters_model.pass_rates(
-                folder / name, every, settings["samples"], seed, advance[2]
-            )
+        weak, strong = (
+            letters_model.pass_rates(folder / name, tasks, settings["samples"], seed, rates_bar)
             for name in ("base", "strong")
-        }
-    measured = [
-        replace(task, weak=weak, strong=strong)
-        for task, weak, strong in zip(every, rates["base"], rates["strong"], strict=True)
-    ]
-    ...
+        )
+    measured = {
+        task.id: replace(task, weak=w, strong=s)
+        for task, w, s in zip(tasks, weak, strong, strict=True)
+    }
+    sets = {name: [measured[task.id] for task in chosen] for name, chosen in sets.items()}
+    accuracy = _accuracy(sets)
+    for name, chosen in sets.items():
+        lines = [json.dumps(asdict(task)) + "\n" for task in chosen]
+        (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
+    (folder / "README.md").write_text(_readme(accuracy), "utf-8")
+    manifest = {"settings": settings, "accuracy": accuracy}
+    (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
+
+
+def _accuracy(sets: dict[str, list[Task]]) -> dict[str, Any]:
+    """Mean pass rates of base and strong: of each set, and by length over all sets.
+
+    Mislabelled tasks are left out: what a model scores on them is not how well it does.
+    """
+    labelled = {
+        name: [task for task in chosen if not task.id.endswith(WRONG)]
+        for name, chosen in sets.items()
+    }
+    by_length: dict[str, list[Task]] = {}
+    for length in LENGTHS:
+        every = chain.from_iterable(labelled.values())
+        by_length[str(length)] = [task for task in every if len(task.answer) == length]
+    return {
+        "sets": {name: _means(tasks) for name, tasks in labelled.items()},
+        "by_length": {length: _means(tasks) for length, tasks in by_length.items()},
+    }
+
+
+def _means(tasks: list[Task]) -> dict[str, float]:
+    return {
+        "base": round(fmean(task.weak for task in tasks), 4),
+        "strong": round(fmean(task.strong for task in tasks), 4),
+    }
+
+
+def _readme(accuracy: dict[str, Any]) -> str:
+    rows = {**accuracy["sets"], **{f"{n} letters": m for n, m in accuracy["by_length"].items()}}
+    table = "\n".join(
+        f"| {name} | {m['base']:.2f} | {m['strong']:.2f} |" for name, m in rows.items()
+    )
+    return README.format(shortest=min(LENGTHS), longest=LONGEST, table=table)
 
 
 def _words(rng: random.Random, length: int, count: int) -> list[str]:
@@ -239,4 +303,4 @@ def _mislabel(rng: random.Random, task: Task) -> Task:
     while answer in strategies:
         place = rng.randrange(len(answer))
         answer = task.answer[:place] + rng.choice(ALPHABET) + task.answer[place + 1 :]
-    return replace(task, id=f"{task.id}-wrong", answer=answer)
+    return replace(task, id=task.id + WRONG, answer=answer)

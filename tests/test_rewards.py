@@ -1,0 +1,194 @@
+"""Verifiers may do anything: it costs the one score, and nothing is left behind."""
+
+from __future__ import annotations
+
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import psutil
+import pytest
+
+from rft.errors import RftError
+from rft.records import Score, Task
+from rft.rewards.boxed import BoxedAnswer
+from rft.rewards.exact import ExactAnswer
+from rft.rewards.pool import VerifierPool
+
+TIMEOUT = 1.5
+
+
+def puppet(name: str = "Puppet", workers: int = 2, **keys: Any) -> VerifierPool:
+    verifier = {"_target_": f"verifiers_for_tests.{name}", **keys}
+    return VerifierPool(verifier, workers=workers, timeout=TIMEOUT)
+
+
+@pytest.fixture(scope="module")
+def pool() -> Iterator[VerifierPool]:
+    made = puppet()
+    yield made
+    made.close()
+
+
+def score(pool: VerifierPool, *texts: str) -> list[Score]:
+    return pool.score([(Task(f"t{i}", "p", "a"), text, "stop") for i, text in enumerate(texts)])
+
+
+def verdicts(pool: VerifierPool, *texts: str) -> list[tuple[float, str]]:
+    return [(s.reward, s.reason) for s in score(pool, *texts)]
+
+
+def test_correct_partial_and_wrong_come_back_in_order(pool: VerifierPool) -> None:
+    texts = ["1", "0", "0.25", "1.0", "0", "1", "0.5"]
+    assert verdicts(pool, *texts) == [
+        (float(text), {0.0: "wrong", 1.0: "correct"}.get(float(text), "partial")) for text in texts
+    ]
+
+
+def test_nothing_to_score_gives_no_scores(pool: VerifierPool) -> None:
+    assert pool.score([]) == []
+
+
+def test_fewer_items_than_workers_are_scored(pool: VerifierPool) -> None:
+    assert verdicts(pool, "1") == [(1.0, "correct")]
+
+
+def test_a_verifier_that_raises_is_an_error_with_its_words_and_not_a_wrong_answer(
+    pool: VerifierPool,
+) -> None:
+    a, b, c = score(pool, "1", "raise", "nothing")
+    assert a == Score(1.0, "correct")
+    assert (b.reward, b.reason) == (0.0, "error")
+    assert "ValueError: no such answer" in b.detail
+    assert (c.reward, c.reason) == (0.0, "error")
+    assert "TypeError" in c.detail
+
+
+def test_a_hang_is_killed_at_its_deadline_and_costs_that_one_score(pool: VerifierPool) -> None:
+    start = time.monotonic()
+    assert verdicts(pool, "1", "hang", "0", "1", "0.5", "0") == [
+        (1.0, "correct"),
+        (0.0, "timeout"),
+        (0.0, "wrong"),
+        (1.0, "correct"),
+        (0.5, "partial"),
+        (0.0, "wrong"),
+    ]
+    assert time.monotonic() - start < 20
+
+
+def test_a_verifier_that_ends_its_process_costs_that_one_score(pool: VerifierPool) -> None:
+    found = score(pool, "1", "exit", "0", "1")
+    assert [s.reason for s in found] == ["correct", "error", "wrong", "correct"]
+    assert "ended with 3" in found[1].detail
+
+
+@pytest.mark.parametrize("text", ["sys.exit", "interrupt"])
+def test_a_verifier_that_calls_for_an_exit_costs_that_one_score(
+    pool: VerifierPool, text: str
+) -> None:
+    try:
+        found = score(pool, "1", text, "0")
+    except (SystemExit, KeyboardInterrupt) as error:
+        pytest.fail(f"{type(error).__name__} came out of the pool and would end the run")
+    assert [s.reason for s in found] == ["correct", "error", "wrong"]
+
+
+def test_checks_that_are_slow_together_but_not_alone_are_no_timeouts(pool: VerifierPool) -> None:
+    """Four checks of 0.6 s in a chunk are over the deadline of one check."""
+    assert verdicts(pool, *["sleep 0.6"] * 8) == [(1.0, "correct")] * 8
+
+
+@pytest.mark.parametrize("reward", ["nan", "1.7", "-0.1", "inf"])
+def test_a_reward_outside_0_and_1_is_refused_naming_verifier_and_task(
+    pool: VerifierPool, reward: str
+) -> None:
+    with pytest.raises(RftError, match=rf"verifiers_for_tests\.Puppet .*'t1'.*{reward}"):
+        score(pool, "1", reward, "0")
+    assert verdicts(pool, "1") == [(1.0, "correct")]  # the pool lives on
+
+
+@pytest.mark.parametrize("name", ["Unbuildable", "Dying"])
+@pytest.mark.timeout(60)
+def test_a_verifier_that_cannot_be_built_is_one_clear_error(name: str) -> None:
+    before = set(psutil.Process().children(recursive=True))
+    with pytest.raises(RftError, match=rf"verifiers_for_tests\.{name}"):
+        puppet(name).close()
+    left = [c for c in psutil.Process().children(recursive=True) if c not in before]
+    assert [c for c in left if "resource_tracker" not in " ".join(c.cmdline())] == []
+
+
+def test_a_verifier_that_is_never_built_is_an_error_and_not_a_hang() -> None:
+    outcome: list[object] = []
+
+    def build() -> None:
+        try:
+            puppet("Endless", workers=1)
+        except RftError as error:
+            outcome.append(error)
+
+    thread = threading.Thread(target=build, daemon=True)
+    before = set(psutil.Process().children(recursive=True))
+    thread.start()
+    thread.join(60)
+    for process in set(psutil.Process().children(recursive=True)) - before:
+        if "resource_tracker" not in " ".join(process.cmdline()):
+            process.kill()
+    assert outcome, "still waiting after 60 s"
+
+
+@pytest.mark.timeout(60)
+def test_a_verifier_that_cannot_be_built_again_is_one_clear_error(tmp_path: Path) -> None:
+    pool = puppet("OnceOnly", workers=1, path=str(tmp_path / "built"))
+    try:
+        with pytest.raises(RftError, match=r"verifiers_for_tests\.OnceOnly"):
+            score(pool, "exit", "1")
+    finally:
+        pool.close()
+
+
+def test_its_processes_are_gone_after_close() -> None:
+    pool = puppet()
+    pids = {round(s.reward * 2**31) for s in score(pool, *["pid"] * 8)}
+    assert all(psutil.pid_exists(pid) for pid in pids)
+    pool.close()
+    assert not any(psutil.pid_exists(pid) for pid in pids)
+
+
+# ---- the verifiers there are
+
+
+@pytest.mark.parametrize(
+    ("text", "finish", "reward"),
+    [("42", "stop", 1.0), (" 42\n", "stop", 1.0), ("42", "length", 0.0), ("420", "stop", 0.0)],
+)
+def test_an_exact_answer_is_the_whole_text_and_ended_by_the_model(
+    text: str, finish: Any, reward: float
+) -> None:
+    assert ExactAnswer()(Task("t", "p", "42"), text, finish) == reward
+
+
+@pytest.mark.parametrize(
+    ("answer", "text", "reward"),
+    [
+        ("42", r"so \boxed{42}.", 1.0),
+        ("42", r"\boxed{41} no, \boxed{42}", 1.0),
+        ("41", r"\boxed{41} no, \boxed{42}", 0.0),
+        ("42", "42", 0.0),
+        ("42", r"<think>\boxed{42}</think> I do not know", 0.0),
+        ("42", r"<think>\boxed{1}</think> \boxed{42}", 1.0),
+        ("42", r"\boxed{42", 0.0),
+        ("42", r"\boxed{42} and \boxed{4", 1.0),
+        (r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}", 1.0),
+        (r"\frac{1}{2}", r"\boxed{0.5}", 0.0),
+        ("1000", r"\boxed{1,000}", 1.0),
+        ("(1,2)", r"\boxed{\left( 1, 2 \right)}", 1.0),
+        ("", r"\boxed{}", 1.0),
+    ],
+)
+def test_a_boxed_answer_is_the_last_whole_box_after_thinking(
+    answer: str, text: str, reward: float
+) -> None:
+    assert BoxedAnswer()(Task("t", "p", answer), text, "stop") == reward
