@@ -69,6 +69,29 @@ class Clock:
         return metrics
 
 
+class Stop:
+    """Ctrl-C and SIGTERM. While a run trains, the first ends it after its step, with a checkpoint;
+    at other times, and the second time, a signal interrupts at once."""
+
+    def __init__(self) -> None:
+        self.signal: int | None = None
+        self.training = False
+
+    def handle(self, number: int, frame: object) -> None:
+        """The signal handler."""
+        at_once = self.signal is not None or not self.training
+        self.signal = number
+        if at_once:
+            raise KeyboardInterrupt
+
+    @contextmanager
+    def graceful(self) -> Iterator[None]:
+        """A run trains: it will look at `signal` after each step."""
+        self.training = True
+        yield
+        self.training = False
+
+
 @dataclass
 class Run:
     """The parts of one run, wired."""
@@ -87,18 +110,17 @@ class Run:
     tracker: Tracker
     colocated: bool
     progress: Progress = field(default_factory=Progress)
-    stop: bool = False
-    """Set by a signal: end after this step, with a checkpoint."""
+    stop: Stop = field(default_factory=Stop)
 
 
 def train(run: Run) -> None:
-    """Train from `run.progress` to the last step, or until `run.stop`."""
+    """Train from `run.progress` to the last step, or until a signal."""
     config, progress = run.config, run.progress
     sync(run)
     clock = Clock()
     if progress.step == 0:
         evaluate(run, clock)
-    while progress.step < config.steps and not run.stop:
+    while progress.step < config.steps and run.stop.signal is None:
         step = progress.step + 1
         metrics = run_step(run, step, clock)
         progress.step, progress.evaluated = step, None
@@ -109,7 +131,8 @@ def train(run: Run) -> None:
         times = clock.lap()
         progress.seconds += times["time/step"]
         run.tracker.step(step, metrics | times)
-        if run.stop or step == config.steps or step % config.checkpoint.every == 0:
+        stopping = run.stop.signal is not None
+        if stopping or step == config.steps or step % config.checkpoint.every == 0:
             with clock("checkpoint"):
                 checkpoint(run)
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import shutil
 import signal
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict
 from pathlib import Path
@@ -20,7 +20,7 @@ from rft.config.parts import build
 from rft.config.schema import Config
 from rft.config.validate import check_files
 from rft.errors import RftError
-from rft.loop import Progress, Run, train
+from rft.loop import Progress, Run, Stop, train
 from rft.scheduler.scheduler import SNAPSHOT, rewind_journal
 from rft.tasks.pool import TaskPool, load_pool, tokenizer_for
 from rft.tracking.files import RunFiles
@@ -33,6 +33,17 @@ MAY_CHANGE = ("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint",
 
 def run(config: Config) -> int:
     """Run `config` to its end, or from where it stopped; returns the process's exit code."""
+    stop = Stop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, stop.handle)
+    try:
+        return _load_and_train(config, stop)
+    except KeyboardInterrupt:
+        print("stopped at once; the same command goes on from the last checkpoint")
+        return 128 + (stop.signal or signal.SIGINT)
+
+
+def _load_and_train(config: Config, stop: Stop) -> int:
     if config.prepare is not None:
         build(config.prepare)
         check_files(config)
@@ -61,10 +72,12 @@ def run(config: Config) -> int:
     }
     folder = Path(config.runs_dir) / config.name
     with owned(folder):
-        return _run(config, folder, pool, evaluation)
+        return _train(config, folder, pool, evaluation, stop)
 
 
-def _run(config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool]) -> int:
+def _train(
+    config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool], stop: Stop
+) -> int:
     same_config(config, folder)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     notes: list[str] = []
@@ -72,6 +85,7 @@ def _run(config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, Tas
     progress = rewind(folder, found)
     if progress.step >= config.steps:
         print(f"{folder} is finished: {progress.step} steps. Raise steps, or choose another name.")
+        _report(config, folder)
         return 0
     tracker = Tracker(config.tracking, folder, config.name, config.steps, asdict(config))
     try:
@@ -96,20 +110,24 @@ def _run(config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, Tas
                 tracker,
                 colocated=parts.colocated,
                 progress=progress,
+                stop=stop,
             )
-            with signals(this, tracker.message) as received:
+            with stop.graceful():
                 train(this)
-            parts.close()
     finally:
         tracker.close()
+    _report(config, folder)
+    if stop.signal is not None and progress.step < config.steps:
+        print(f"stopped after step {progress.step}; the same command goes on from there")
+        return 128 + stop.signal
+    return 0
+
+
+def _report(config: Config, folder: Path) -> None:
     if config.tracking.report:
         from rft.report import write_report
 
         print(f"report: {write_report(folder)[1]}")
-    if received and this.progress.step < config.steps:
-        print(f"stopped after step {this.progress.step}; the same command goes on from there")
-        return 128 + received[0]
-    return 0
 
 
 @contextmanager
@@ -194,24 +212,3 @@ def probe_tokens(pool: TaskPool) -> np.ndarray[Any, np.dtype[np.int32]]:
     """A prompt whose log-probs prove a weight sync: the longest of the first ones."""
     longest = max(pool.prompt_ids[:64], key=len)
     return np.array((longest * 2)[: max(2, min(PROBE_TOKENS, len(longest)))], dtype=np.int32)
-
-
-@contextmanager
-def signals(run: Run, say: Callable[[str], None]) -> Iterator[list[int]]:
-    """SIGTERM and Ctrl-C end the run after its step, with a checkpoint; a second one at once."""
-    received: list[int] = []
-
-    def handle(number: int, frame: object) -> None:
-        if received:
-            raise KeyboardInterrupt
-        received.append(number)
-        run.stop = True
-        name = signal.Signals(number).name
-        say(f"{name}: finishing this step, then a checkpoint; once more to stop at once")
-
-    old = {number: signal.signal(number, handle) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield received
-    finally:
-        for number, handler in old.items():
-            signal.signal(number, handler)

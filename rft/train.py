@@ -45,7 +45,7 @@ def main() -> None:
             config = to_config(composed)
             job = HydraConfig.get()
             if job.mode is not None and job.mode.name == "MULTIRUN":
-                config.runs_dir, config.name = job.sweep.dir, job.sweep.subdir.replace("/", "_")
+                config.runs_dir, config.name = job.sweep.dir, swept(sys.argv, job.overrides.task)
             codes.append(_job(config))
         except (RftError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
             if wants_traceback:
@@ -73,6 +73,17 @@ def _job(config: Config) -> int:
     from rft.run import run
 
     return run(config)
+
+
+def swept(argv: list[str], overrides: list[str]) -> str:
+    """A sweep job's name: its values of the keys that vary, as in `learner.lr=1e-4,seed=2`."""
+    from hydra.core.override_parser.overrides_parser import OverridesParser
+
+    given = [a for a in argv[1:] if "=" in a and not a.startswith("--")]
+    parsed = OverridesParser.create().parse_overrides(given)
+    varying = {o.key_or_group for o in parsed if o.is_sweep_override()}
+    own = [o for o in overrides if o.lstrip("+~").partition("=")[0] in varying]
+    return ",".join(sorted(own)).replace("/", "_") or "0"
 
 
 def fail(message: Any) -> int:

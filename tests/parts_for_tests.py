@@ -46,3 +46,16 @@ class DiesOnce(Constant):
             self._died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().next_requests(view)
+
+
+class TwoRounds(Constant):
+    """Two rollouts of each task first; then more of those whose rewards were mixed, and one new
+    task: groups of different sizes."""
+
+    def next_requests(self, view: PlanView) -> list[tuple[int, int]]:
+        if view.round == 0:
+            return [(int(task), 2) for task in view.draw(view.tasks_per_step)]
+        if view.round == 1:
+            mixed = [(task, 3) for task, o in view.outcomes.items() if 0 < o.total < o.n]
+            return [*mixed, (int(view.draw(1)[0]), 4)]
+        return []

@@ -18,15 +18,16 @@ from rft.weights import pack
 
 EOS = 2
 MAX_LENGTH = 64
-ENGINES = ["transformers"]
+ENGINES = ["transformers", "vllm"]
 """Add a name here and its construction in `engine`; every test below then covers it."""
 
 
 @pytest.fixture(scope="module", params=ENGINES)
 def engine(request: pytest.FixtureRequest, tiny_model: Path) -> Iterator[Any]:
     from rft.rollout.transformers_engine import TransformersEngine
+    from rft.rollout.vllm_engine import VllmEngine
 
-    classes = {"transformers": TransformersEngine}
+    classes = {"transformers": TransformersEngine, "vllm": VllmEngine}
     made = classes[request.param](str(tiny_model), max_length=MAX_LENGTH)
     yield made
     made.close()

@@ -1,5 +1,6 @@
 """Whole runs as a user starts them: real engines, real DeepSpeed, real Ray, on a tiny model."""
 
+import gzip
 import json
 import os
 import signal
@@ -87,6 +88,10 @@ def test_vllm_agrees_with_the_learner_at_any_temperature(tiny_model: Path, tmp_p
     assert all(0 <= row["sync/probe_gap"] < 1e-4 for row in rows)
     assert [row["version"] for row in rows] == list(range(1, 9))
     assert all(row["staleness/max"] == 0 for row in rows)
+    # A checkpoint's policy is a model that vLLM and transformers load as it is.
+    policy = f"model.path={tmp_path}/vllm/checkpoints/step_8/policy"
+    check(train(*overrides(tiny_model, tmp_path, "further", *run, policy, "steps=1")))
+    assert metrics(tmp_path / "further")[0]["mismatch/max_abs"] < 1e-4
 
 
 @pytest.mark.parametrize(
@@ -120,13 +125,41 @@ def test_phases_sum_to_the_step(inline: Path) -> None:
 
 
 def test_a_selector_from_outside_the_package(tiny_model: Path, tmp_path: Path) -> None:
-    """One Python file, named by `_target_`: nothing in rft is edited."""
-    extra = ["scheduler.selector={_target_: parts_for_tests.FirstTasks, skip: 3}", "steps=1"]
+    """One Python file and one YAML file, neither in rft."""
+    own = tmp_path / "conf" / "scheduler" / "selector" / "first.yaml"
+    own.parent.mkdir(parents=True)
+    own.write_text("_target_: parts_for_tests.FirstTasks\nskip: 3\n")
+    extra = ["scheduler/selector=first", "steps=1", "--config-dir", str(tmp_path / "conf")]
     check(train(*overrides(tiny_model, tmp_path, "run", *extra)))
     journal = (tmp_path / "run" / "scheduler" / "journal.jsonl").read_text().splitlines()
     plan = json.loads(journal[0])
     pool = [json.loads(line)["id"] for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
     assert [task for task, _ in plan["requests"]] == pool[3:7]
+
+
+def test_groups_may_differ_in_size_and_grow_over_rounds(tiny_model: Path, tmp_path: Path) -> None:
+    extra = ["scheduler.planner._target_=parts_for_tests.TwoRounds", "steps=2"]
+    check(train(*overrides(tiny_model, tmp_path, "run", *extra)))
+    folder = tmp_path / "run"
+    journal = [json.loads(s) for s in (folder / "scheduler/journal.jsonl").read_text().splitlines()]
+    observed = {n for line in journal if line["event"] == "observe" for _, n, _ in line["outcomes"]}
+    assert {2, 4} < observed | {5}
+    with gzip.open(folder / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
+        rows = [json.loads(line) for line in file]
+    numbers: dict[str, list[int]] = {}
+    for row in rows:
+        numbers.setdefault(row["task"], []).append(row["index"])
+    assert all(found == list(range(len(found))) for found in numbers.values())
+    assert sum(map(len, numbers.values())) == metrics(folder)[0]["rollout/count"]
+
+
+def test_the_schedulers_process_needs_numpy_at_most() -> None:
+    code = (
+        "import sys, rft.scheduler.scheduler, rft.cluster.base\n"
+        "print([m for m in ('torch', 'transformers', 'vllm', 'deepspeed') if m in sys.modules])"
+    )
+    done = subprocess.run([sys.executable, "-c", code], env=ENV, capture_output=True, text=True)
+    assert done.stdout.strip() == "[]", done.stderr
 
 
 @pytest.mark.usefixtures("spotless")
@@ -149,7 +182,10 @@ def test_a_signal_ends_with_a_checkpoint_and_nothing_left(
     assert process.stdout is not None
     for line in process.stdout:
         if line.startswith("step 2/"):
-            os.killpg(process.pid, number)  # Ctrl-C reaches every process of the terminal
+            if number == signal.SIGINT:  # a terminal's Ctrl-C reaches every process
+                os.killpg(process.pid, number)
+            else:
+                process.terminate()
             break
     output = process.stdout.read()
     assert process.wait(60) == 128 + number, output
@@ -201,10 +237,8 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
     check(done)
     assert "step_4 is damaged (policy/model.safetensors was truncated or altered)" in done.stdout
     assert "after step 2" in done.stdout
-    with open(tmp_path / "run/checkpoints/step_8/state.json", "a") as file:
-        file.write(" ")
-    with open(tmp_path / "run/checkpoints/step_6/state.json", "a") as file:
-        file.write(" ")
+    for state in (tmp_path / "run" / "checkpoints").glob("step_*/state.json"):
+        state.write_text(state.read_text() + " ")
     done = train(*arguments)
     check(done, 2)
     assert "are damaged" in done.stderr
@@ -212,9 +246,9 @@ def test_a_damaged_checkpoint_is_named_and_the_one_before_is_used(
 
 def test_a_sweep_gives_each_job_its_own_run(tiny_model: Path, tmp_path: Path) -> None:
     check(train("-m", *overrides(tiny_model, tmp_path, "sweep", "steps=1"), "seed=0,1"))
-    found = sorted((tmp_path / "sweep").rglob("metrics.jsonl"))
-    assert len(found) == 2
-    assert metrics(found[0].parent) != metrics(found[1].parent)
+    zero, one = (metrics(tmp_path / "sweep" / f"seed={seed}") for seed in (0, 1))
+    assert len(zero) == len(one) == 1
+    assert zero != one
 
 
 BAD = {

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
 
@@ -73,8 +74,13 @@ class InlineHandle:
 class InlineCluster:
     """Everything in this process, one call after another."""
 
+    def __init__(self) -> None:
+        self._parts = ExitStack()
+
     def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> InlineHandle:
-        return InlineHandle(name, locate(target)(**kwargs))
+        part = locate(target)(**kwargs)
+        self._parts.callback(part.close)
+        return InlineHandle(name, part)
 
     def gather(self, pending: Sequence[Done], *, what: str, deadline: float) -> list[Any]:
         return [done.value for done in pending]
@@ -86,4 +92,5 @@ class InlineCluster:
         """Nothing to end: the part dies with this process."""
 
     def close(self) -> None:
-        """Nothing was started."""
+        """Close the parts, last first: the learner before vLLM, which ends torch.distributed."""
+        self._parts.close()

@@ -70,9 +70,6 @@ class Engines:
         """Take GPU memory back."""
         self._gather([h.call("wake") for h in self._handles], "engines waking up")
 
-    def close(self) -> None:
-        self._gather([h.call("close") for h in self._handles], "engines closing")
-
     def _gather(self, pending: list[Any], what: str) -> list[Any]:
         return self._cluster.gather(pending, what=what, deadline=self._deadline)
 
@@ -131,9 +128,6 @@ class Learner:
         """Write policy and optimizer into a checkpoint's folder."""
         self._all("save", folder, what="writing a checkpoint")
 
-    def close(self) -> None:
-        self._all("close", what="the learner closing")
-
     def _all(self, method: str, *args: Any, what: str) -> list[Any]:
         return self._gather([h.call(method, *args) for h in self._handles], what)
 
@@ -165,9 +159,6 @@ class SchedulerClient:
         path: Path = self._call("snapshot")
         return path
 
-    def close(self) -> None:
-        self._call("close")
-
     def _call(self, method: str, *args: Any) -> Any:
         while True:
             try:
@@ -196,9 +187,6 @@ class Verifiers:
         pending = [self._handle.call("score", list(items))]
         scores: list[Score] = self._cluster.gather(pending, what="scoring", deadline=deadline)[0]
         return scores
-
-    def close(self) -> None:
-        self._cluster.gather([self._handle.call("close")], what="verifiers closing", deadline=30.0)
 
 
 def prove(

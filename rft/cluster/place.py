@@ -29,13 +29,6 @@ class Parts:
     colocated: bool
     """Engines and learner share GPUs: the engines sleep while the learner works."""
 
-    def close(self) -> None:
-        """End every part in good order; a part that is killed instead loses nothing either."""
-        self.scheduler.close()
-        self.verifiers.close()
-        self.learner.close()  # before the engines: inline vLLM ends torch.distributed for all
-        self.engines.close()
-
 
 @contextmanager
 def place(config: Config, pool: TaskPool, folder: Path, resume: Path | None) -> Iterator[Parts]:

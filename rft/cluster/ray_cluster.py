@@ -83,7 +83,10 @@ class RayCluster:
             }
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR", namespace="rft")
-        except ConnectionError as error:
+        except BaseException as error:
+            self.close()  # Ctrl-C, say: what was started so far must not stay
+            if not isinstance(error, ConnectionError):
+                raise
             raise RftError(
                 f"cluster.address={address}: no Ray cluster answers there ({error}); start one "
                 "with `ray start --head`, or set cluster.address=local"

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import ctypes
 import multiprocessing
+import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
@@ -76,7 +77,7 @@ class VerifierPool:
 
 def _start(verifier: dict[str, Any]) -> None:
     global _verifier
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
+    os.setsid()  # Ctrl-C, or a SIGTERM to the whole group, is the main process's to handle
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent (Linux)
     _verifier = build(verifier)
 

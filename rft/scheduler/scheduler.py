@@ -99,7 +99,7 @@ class Scheduler:
         out of order.
         """
         if step <= self._observed:
-            return self._metrics
+            return dict(self._metrics)
         if step != self._observed + 1:
             raise RftError(
                 f"outcomes of step {step} reached the scheduler after step {self._observed}; "
@@ -116,7 +116,7 @@ class Scheduler:
         self._observed = step
         rows = [[o.task, o.n, o.total] for o in merged]
         self._write("observe", step=step, outcomes=rows, metrics=self._metrics)
-        return self._metrics
+        return dict(self._metrics)  # a copy: inline, the caller would be adding to ours
 
     def snapshot(self) -> Path:
         """Write the state after the last observed step into the folder; returns the file."""

@@ -2,9 +2,9 @@
 
     python -c "from rft.tasks.letters import prepare; prepare('letters')"
 
-A task is the prompt `rabc=` (answer `cba`) or `scab=` (answer `abc`), with a word of 2 to 16 letters
-out of ten. The base model has been shown right and systematically wrong answers, the longer the
-word the more often wrong ones; so it solves short words, fails at long ones, and can learn quickly.
+A task is the prompt `rabc=` (answer `cba`) or `scab=` (answer `abc`), with a word of 2 to 16 of the
+letters a to j. The base model was shown right and systematically wrong answers, the longer the word
+the more wrong ones; so it solves short words, fails at long ones, and learns quickly.
 """
 
 from __future__ import annotations
@@ -15,12 +15,10 @@ import random
 import shutil
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, replace
+from dataclasses import asdict, dataclass, replace
 from functools import partial
-from itertools import chain
 from pathlib import Path
 from statistics import fmean
-from typing import Any
 
 from filelock import FileLock, Timeout
 from rich.console import Console
@@ -34,13 +32,12 @@ ALPHABET = "abcdefghij"
 FAMILIES = ("rev", "sort")
 LONGEST = 16
 LENGTHS = range(2, LONGEST + 1)
-MANIFEST = "manifest.json"
-"""Written last: a folder that holds it is complete."""
 WRONG = "-wrong"
 """Ends the id of a mislabelled task."""
+MANIFEST = "manifest.json"
+"""Written last: a folder that holds it is complete."""
 PATIENCE = 1800.0
-"""Seconds to wait for another process that builds the same folder."""
-
+"""Seconds to wait for another process that makes the same folder."""
 README = """# Letters: tasks and models to try GRPO on, made by rft
 
 Words of {shortest} to {longest} letters are to be reversed (`rabc=` -> `cba`) or sorted \
@@ -52,16 +49,32 @@ Words of {shortest} to {longest} letters are to be reversed (`rabc=` -> `cba`) o
   ascending order). The longer the word, the more of them were wrong. So it half knows what is
   asked, and reinforcement learning gains quickly; do not expect that speed of other models.
 - `strong/`: the base after more warm-up on right demonstrations only. A reference, not a goal.
-- `train.jsonl`, `validation.jsonl`, `test.jsonl`: tasks; no prompt is in two of them, and no prompt
-  of the last two was in the warm-up. `weak` and `strong` are pass rates of the two models.
-- `manifest.json`: how all of this was made, and the table below.
+- `train.jsonl`, `validation.jsonl`, `test.jsonl`: tasks. No prompt is in two of them, and no prompt
+  of the last two was in the warm-up. `weak` and `strong` are pass rates of base and strong.{wrong}
+- `manifest.json`: how all of this was made, and the numbers below.
 
-Mean pass rates, sampled at temperature 1, of tasks whose answers are right:
+Mean pass rates, sampled at temperature 1:
 
 | tasks | base | strong |
 | --- | --- | --- |
 {table}
 """
+README_WRONG = f"""
+  Half of the training tasks have a wrong answer, on purpose; their ids end in `{WRONG}`, and they
+  are not counted below."""
+
+
+@dataclass(frozen=True, slots=True)
+class Settings:
+    """What a folder is made from; the arguments of `prepare`."""
+
+    seed: int
+    mislabelled: bool
+    train_tasks: int
+    held_out_tasks: int
+    base_steps: int
+    strong_steps: int
+    samples: int
 
 
 def prepare(
@@ -78,31 +91,25 @@ def prepare(
     """Make `folder`, unless it is there: base/, strong/, three task files, README, manifest.
 
     `train_tasks` and `held_out_tasks` (validation and test each) count tasks of each family and
-    length. `mislabelled` adds as many training tasks with a wrong answer. `base_steps` and
-    `strong_steps` are steps of supervised warm-up. A pass rate is a mean over `samples` samples.
+    length; `mislabelled` adds as many training tasks with a wrong answer. `base_steps` and
+    `strong_steps` are optimizer steps of warm-up. Pass rates are means over `samples` samples.
     The same arguments give the same files, bit for bit, on one machine. About a minute on 2 cores.
 
-    Raises RftError if the folder is of other settings or something else, if there are too few short
-    words, or if another process holds the build for half an hour.
+    Raises RftError if the folder was made with other arguments or is something else, if there are
+    fewer short words than tasks, or if another process keeps its lock for half an hour.
     """
-    settings = {
-        "seed": seed,
-        "mislabelled": mislabelled,
-        "train_tasks": train_tasks,
-        "held_out_tasks": held_out_tasks,
-        "base_steps": base_steps,
-        "strong_steps": strong_steps,
-        "samples": samples,
-    }
+    settings = Settings(
+        seed, mislabelled, train_tasks, held_out_tasks, base_steps, strong_steps, samples
+    )
     final = Path(folder).absolute()
     if _is_complete(final, settings):
         return
+    console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
     final.parent.mkdir(parents=True, exist_ok=True)
-    console = Console(stderr=True)
     with _locked(final.with_name(f".{final.name}.lock"), console):
-        if _is_complete(final, settings):  # another process made it while this one waited
+        if _is_complete(final, settings):  # made while this process waited for the lock
             return
-        console.print(f"making the letters tasks and model in {final}: about a minute, once")
+        console.print(f"making the letters tasks and models in {final}: about a minute, once")
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
         temporary.mkdir()
@@ -113,42 +120,46 @@ def prepare(
 def make_tasks(
     seed: int, train_tasks: int, held_out_tasks: int, mislabelled: bool = False
 ) -> dict[str, list[Task]]:
-    """Tasks of the sets train, validation and test, shuffled; no prompt occurs twice.
+    """Shuffled tasks of the sets train, validation and test; no prompt occurs twice in all of them.
 
-    `mislabelled` appends to the training tasks as many whose answer is wrong, and leaves all others
-    as they are. Raises RftError where there are too few words of the shortest length.
+    `mislabelled` adds to the training tasks as many whose answer is wrong; it changes none of the
+    others. Raises RftError where there are fewer words of a length than tasks.
     """
-    sets: dict[str, list[Task]] = {"train": [], "validation": [], "test": [], "wrong": []}
-    sizes = (train_tasks, held_out_tasks, held_out_tasks, train_tasks)
+    sizes = {
+        "train": train_tasks,
+        "validation": held_out_tasks,
+        "test": held_out_tasks,
+        WRONG: train_tasks,
+    }
+    sets: dict[str, list[Task]] = {name: [] for name in sizes}
     for family in FAMILIES:
         for length in LENGTHS:
             rng = random.Random(derive(seed, "letters", family, length))
-            tasks = [_task(family, word) for word in _words(rng, length, sum(sizes))]
-            for name, size in zip(sets, sizes, strict=True):
-                chosen, tasks = tasks[:size], tasks[size:]
-                if name == "wrong":
-                    chosen = [_mislabel(rng, task) for task in chosen]
-                sets[name] += chosen
-    wrong = sets.pop("wrong")
+            words = iter(_draw_words(rng, length, sum(sizes.values())))
+            for name, size in sizes.items():
+                make = partial(_make_mislabelled, rng) if name == WRONG else _make_task
+                sets[name] += [make(family, next(words)) for _ in range(size)]
+    wrong = sets.pop(WRONG)
     if mislabelled:
         sets["train"] += wrong
-    for name, chosen in sets.items():
-        random.Random(derive(seed, "letters", "order", name)).shuffle(chosen)
+    for name, tasks in sets.items():
+        random.Random(derive(seed, "letters", "order", name)).shuffle(tasks)
     return sets
 
 
 def right_answer(family: str, word: str) -> str:
-    """What the task asks for."""
+    """What the task asks for: the word reversed, or its letters in ascending order."""
     return word[::-1] if family == "rev" else "".join(sorted(word))
 
 
 def wrong_answer(family: str, word: str) -> str:
-    """What the systematically wrong demonstrations do: copy the word, or sort it descending."""
+    """What the wrong demonstrations show: the word itself, or its letters in descending order."""
     return word if family == "rev" else "".join(sorted(word, reverse=True))
 
 
 def make_prompt(family: str, word: str) -> str:
-    """
+    """The prompt of a task.
+
     >>> make_prompt("sort", "cab")
     'scab='
     """
@@ -156,7 +167,7 @@ def make_prompt(family: str, word: str) -> str:
 
 
 def make_word(number: int, length: int) -> str:
-    """The word of that many letters whose place in the alphabetical list is `number`.
+    """The word at place `number` of the alphabetical list of all words of that many letters.
 
     >>> make_word(12, 3)
     'abc'
@@ -164,21 +175,47 @@ def make_word(number: int, length: int) -> str:
     return "".join(ALPHABET[int(digit)] for digit in f"{number:0{length}d}")
 
 
-def _is_complete(folder: Path, settings: dict[str, Any]) -> bool:
-    """False if there is nothing; raises RftError if there is something other than what is asked."""
+def _draw_words(rng: random.Random, length: int, count: int) -> list[str]:
+    available = len(ALPHABET) ** length
+    if count > available:
+        raise RftError(
+            f"the sets want {count} different words of {length} letters, there are {available}; "
+            "lower train_tasks or held_out_tasks"
+        )
+    return [make_word(number, length) for number in rng.sample(range(available), count)]
+
+
+def _make_task(family: str, word: str) -> Task:
+    return Task(
+        id=f"{family}-{word}",
+        prompt=make_prompt(family, word),
+        answer=right_answer(family, word),
+        domain=family,
+    )
+
+
+def _make_mislabelled(rng: random.Random, family: str, word: str) -> Task:
+    """A task with one letter of its answer changed, into nothing that a known strategy gives."""
+    task = _make_task(family, word)
+    strategies = {give(f, word) for f in FAMILIES for give in (right_answer, wrong_answer)}
+    answer = task.answer
+    while answer in strategies:
+        place = rng.randrange(len(word))
+        answer = task.answer[:place] + rng.choice(ALPHABET) + task.answer[place + 1 :]
+    return replace(task, id=task.id + WRONG, answer=answer)
+
+
+def _is_complete(folder: Path, settings: Settings) -> bool:
+    """False if there is nothing; RftError if there is something other than what is asked for."""
     if not folder.exists():
         return False
     mend = "remove it, or name another folder"
     if not (folder / MANIFEST).is_file():
-        raise RftError(f"{folder} is there and is no folder of letters tasks; {mend}")
+        raise RftError(f"{folder} is there, but holds no {MANIFEST} of letters tasks; {mend}")
     made = json.loads((folder / MANIFEST).read_text("utf-8"))["settings"]
-    differences = [
-        f"{key}={made.get(key)!r}, not {value!r}"
-        for key, value in settings.items()
-        if made.get(key) != value
-    ]
-    if differences:
-        raise RftError(f"{folder} was made with {'; '.join(differences)}; {mend}")
+    for key, value in asdict(settings).items():
+        if made.get(key) != value:
+            raise RftError(f"{folder} was made with {key}={made.get(key)}, not {value}; {mend}")
     return True
 
 
@@ -188,7 +225,7 @@ def _locked(path: Path, console: Console) -> Iterator[None]:
     try:
         lock.acquire(timeout=0)
     except Timeout:
-        console.print(f"another process makes the letters tasks ({path} is locked); waiting")
+        console.print(f"another process is making the letters tasks (it holds {path}); waiting")
         try:
             lock.acquire(timeout=PATIENCE)
         except Timeout as error:
@@ -201,106 +238,62 @@ def _locked(path: Path, console: Console) -> Iterator[None]:
         lock.release()
 
 
-def _build(folder: Path, settings: dict[str, Any], console: Console) -> None:
-    from rft.tasks import letters_model  # imports torch, which a complete folder does not need
+def _build(folder: Path, settings: Settings, console: Console) -> None:
+    from rft.tasks import letters_model  # imports torch, which a complete folder does without
 
-    seed, base_steps, strong_steps = (settings[k] for k in ("seed", "base_steps", "strong_steps"))
     sets = make_tasks(
-        seed, settings["train_tasks"], settings["held_out_tasks"], settings["mislabelled"]
+        settings.seed, settings.train_tasks, settings.held_out_tasks, settings.mislabelled
     )
-    tasks = [task for chosen in sets.values() for task in chosen]
-    held_out = {task.prompt for name in ("validation", "test") for task in sets[name]}
+    tasks = [task for name in sets for task in sets[name]]
+    held_out = {task.prompt for task in sets["validation"] + sets["test"]}
     with Progress(console=console) as progress:
 
         def bar(text: str, total: int) -> Callable[[], None]:
             return partial(progress.advance, progress.add_task(text, total=total))
 
-        base_bar, strong_bar = bar("base model", base_steps), bar("strong reference", strong_steps)
-        rates_bar = bar("pass rates", 2 * len(tasks))
-        model = letters_model.make_model(seed)
-        mixed = letters_model.demonstrations(seed, wrong=0.985, avoid=held_out)
-        letters_model.warm_up(model, mixed, base_steps, 3e-3, base_bar)
-        letters_model.save(model, folder / "base")
-        clean = letters_model.demonstrations(seed + 1, wrong=0.0, avoid=held_out)
-        letters_model.warm_up(model, clean, strong_steps, 1.5e-3, strong_bar)
-        letters_model.save(model, folder / "strong")
-        weak, strong = (
-            letters_model.pass_rates(folder / name, tasks, settings["samples"], seed, rates_bar)
-            for name in ("base", "strong")
+        letters_model.make_models(
+            folder, settings.seed, settings.base_steps, settings.strong_steps, held_out, bar
+        )
+        weak, strong = letters_model.pass_rates(
+            [folder / "base", folder / "strong"], tasks, settings.samples, settings.seed, bar
         )
     measured = {
-        task.id: replace(task, weak=w, strong=s)
-        for task, w, s in zip(tasks, weak, strong, strict=True)
+        task.id: replace(task, weak=weak[task.id], strong=strong[task.id]) for task in tasks
     }
     sets = {name: [measured[task.id] for task in chosen] for name, chosen in sets.items()}
-    accuracy = _accuracy(sets)
     for name, chosen in sets.items():
         lines = [json.dumps(asdict(task)) + "\n" for task in chosen]
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
-    (folder / "README.md").write_text(_readme(accuracy), "utf-8")
-    manifest = {"settings": settings, "accuracy": accuracy}
+    accuracy = _accuracy(sets)
+    (folder / "README.md").write_text(_readme(accuracy, settings.mislabelled), "utf-8")
+    manifest = {"settings": asdict(settings), "accuracy": accuracy}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
 
-def _accuracy(sets: dict[str, list[Task]]) -> dict[str, Any]:
-    """Mean pass rates of base and strong: of each set, and by length over all sets.
+def _accuracy(sets: dict[str, list[Task]]) -> dict[str, dict[str, float]]:
+    """Mean pass rates of base and strong: of each set, and of all tasks of each length.
 
-    Mislabelled tasks are left out: what a model scores on them is not how well it does.
+    Mislabelled tasks are left out: solving them is not what either model was taught.
     """
-    labelled = {
-        name: [task for task in chosen if not task.id.endswith(WRONG)]
-        for name, chosen in sets.items()
-    }
-    by_length: dict[str, list[Task]] = {}
-    for length in LENGTHS:
-        every = chain.from_iterable(labelled.values())
-        by_length[str(length)] = [task for task in every if len(task.answer) == length]
+    right = {name: [t for t in tasks if not t.id.endswith(WRONG)] for name, tasks in sets.items()}
+    every = [task for tasks in right.values() for task in tasks]
+    rows = right | {f"{n} letters": [t for t in every if len(t.answer) == n] for n in LENGTHS}
     return {
-        "sets": {name: _means(tasks) for name, tasks in labelled.items()},
-        "by_length": {length: _means(tasks) for length, tasks in by_length.items()},
+        name: {
+            "base": round(fmean(task.weak for task in tasks), 4),
+            "strong": round(fmean(task.strong for task in tasks), 4),
+        }
+        for name, tasks in rows.items()
     }
 
 
-def _means(tasks: list[Task]) -> dict[str, float]:
-    return {
-        "base": round(fmean(task.weak for task in tasks), 4),
-        "strong": round(fmean(task.strong for task in tasks), 4),
-    }
-
-
-def _readme(accuracy: dict[str, Any]) -> str:
-    rows = {**accuracy["sets"], **{f"{n} letters": m for n, m in accuracy["by_length"].items()}}
-    table = "\n".join(
-        f"| {name} | {m['base']:.2f} | {m['strong']:.2f} |" for name, m in rows.items()
+def _readme(accuracy: dict[str, dict[str, float]], mislabelled: bool) -> str:
+    return README.format(
+        shortest=LENGTHS[0],
+        longest=LONGEST,
+        wrong=README_WRONG if mislabelled else "",
+        table="\n".join(
+            f"| {name} | {row['base']:.2f} | {row['strong']:.2f} |"
+            for name, row in accuracy.items()
+        ),
     )
-    return README.format(shortest=min(LENGTHS), longest=LONGEST, table=table)
-
-
-def _words(rng: random.Random, length: int, count: int) -> list[str]:
-    available = len(ALPHABET) ** length
-    if count > available:
-        raise RftError(
-            f"{count} different words of {length} letters are asked for, there are {available}; "
-            "lower train_tasks or held_out_tasks"
-        )
-    return [make_word(number, length) for number in rng.sample(range(available), count)]
-
-
-def _task(family: str, word: str) -> Task:
-    return Task(
-        id=f"{family}-{word}",
-        prompt=make_prompt(family, word),
-        answer=right_answer(family, word),
-        domain=family,
-    )
-
-
-def _mislabel(rng: random.Random, task: Task) -> Task:
-    """The task with one letter of its answer changed, into nothing that a known strategy gives."""
-    word = task.prompt[1:-1]
-    strategies = {give(f, word) for f in FAMILIES for give in (right_answer, wrong_answer)}
-    answer = task.answer
-    while answer in strategies:
-        place = rng.randrange(len(answer))
-        answer = task.answer[:place] + rng.choice(ALPHABET) + task.answer[place + 1 :]
-    return replace(task, id=task.id + WRONG, answer=answer)

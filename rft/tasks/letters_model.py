@@ -1,8 +1,6 @@
 """The model of the letters tasks: its tokenizer, its supervised warm-up, its pass rates.
 
-    model = make_model(seed=0)
-    warm_up(model, demonstrations(seed=0, wrong=0.985), steps=600, peak_lr=3e-3)
-    save(model, Path("base"))
+    make_models(Path("letters"), seed=0, base_steps=600, strong_steps=200)
 
 Rooms do not import one another, with this one exception: pass rates of reference models are a
 column of the task files, and only a rollout engine can measure them. It is imported in the function
@@ -13,12 +11,12 @@ from __future__ import annotations
 
 import math
 import random
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Container, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 from tokenizers import Regex, Tokenizer, decoders, models, pre_tokenizers, processors
 from transformers import PreTrainedTokenizerFast, Qwen2Config, Qwen2ForCausalLM
@@ -33,9 +31,21 @@ POSITIONS = 64
 BATCH = 64
 MICRO_BATCHES = 4
 IGNORED = -100
+HALF_WRONG, WIDTH = 5.5, 0.9
+MOST_WRONG = 0.985
+"""Share of wrong demonstrations of the longest words."""
+MAX_TOKENS = 20
+ROWS = 512
 
 Demonstration = tuple[str, str]
 """A prompt and its answer."""
+Bar = Callable[[str, int], Callable[[], None]]
+"""Starts a progress bar of a name and length; what it returns advances it by one."""
+
+
+def no_bar(text: str, total: int) -> Callable[[], None]:
+    """A progress bar that nobody sees."""
+    return lambda: None
 
 
 def _vocabulary() -> dict[str, int]:
@@ -83,28 +93,40 @@ def make_model(seed: int) -> Qwen2ForCausalLM:
 
 
 def demonstrations(
-    seed: int, wrong: float, avoid: Collection[str] = frozenset()
+    seed: int, wrong: float, avoid: Container[object] = ()
 ) -> Iterator[Demonstration]:
     """Endless demonstrations: families and lengths 1 to 16 uniform, no prompt of `avoid`.
 
     The answer is a wrong one with a probability that rises with the length, up to `wrong`.
     """
-    rng = random.Random(derive(seed, "letters", "demonstrations"))
+    rng = random.Random(derive(seed, "letters", "demonstrations", str(wrong)))
     while True:
         family, length = rng.choice(FAMILIES), rng.randint(1, LONGEST)
         word = make_word(rng.randrange(10**length), length)
         prompt = make_prompt(family, word)
-        is_wrong = rng.random() < wrong / (1 + math.exp(-(length - 5.5) / 0.9))
+        is_wrong = rng.random() < wrong / (1 + math.exp(-(length - HALF_WRONG) / WIDTH))
         if prompt not in avoid:
             yield prompt, (wrong_answer if is_wrong else right_answer)(family, word)
 
 
+@contextmanager
+def _one_torch_thread() -> Iterator[None]:
+    """Torch works in the thread that asks: on busy cores its own threads wait for one another."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
+
+
+@_one_torch_thread()
 def warm_up(
     model: Qwen2ForCausalLM,
     corpus: Iterator[Demonstration],
     steps: int,
     peak_lr: float,
-    advance: Callable[[], None] = lambda: None,
+    advance: Callable[[], None],
 ) -> None:
     """Teach the model to give the answers, then EOS; `advance` is called after each step.
 
@@ -120,8 +142,6 @@ def warm_up(
     def gradients(micro_batch: list[Demonstration]) -> tuple[torch.Tensor, ...]:
         return torch.autograd.grad(_loss_sum(model, micro_batch), parameters)
 
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     model.train()
     with ThreadPoolExecutor(MICRO_BATCHES) as pool:
         for _ in range(steps):
@@ -134,7 +154,27 @@ def warm_up(
             optimizer.step()
             schedule.step()
             advance()
-    torch.set_num_threads(threads)
+
+
+def make_models(
+    folder: Path,
+    seed: int,
+    base_steps: int,
+    strong_steps: int,
+    avoid: Container[object] = (),
+    bar: Bar = no_bar,
+) -> None:
+    """Make `folder`/base and `folder`/strong, which is base after more steps on right answers.
+
+    No prompt of `avoid` is shown to them.
+    """
+    model = make_model(seed)
+    mixed = demonstrations(seed, MOST_WRONG, avoid)
+    warm_up(model, mixed, base_steps, 3e-3, bar("base model", base_steps))
+    save(model, folder / "base")
+    clean = demonstrations(seed, 0.0, avoid)
+    warm_up(model, clean, strong_steps, 1.5e-3, bar("strong reference", strong_steps))
+    save(model, folder / "strong")
 
 
 def save(model: Qwen2ForCausalLM, folder: Path) -> None:
@@ -143,43 +183,50 @@ def save(model: Qwen2ForCausalLM, folder: Path) -> None:
     make_tokenizer().save_pretrained(folder)
 
 
+@_one_torch_thread()
 def pass_rates(
-    model: Path,
-    tasks: Sequence[Task],
-    samples: int,
-    seed: int,
-    advance: Callable[[], None] = lambda: None,
-) -> list[float]:
-    """Each task's share of right answers among `samples` at temperature 1; `advance` per chunk."""
+    models: Sequence[Path], tasks: Sequence[Task], samples: int, seed: int, bar: Bar = no_bar
+) -> list[dict[str, float]]:
+    """For each model, task id -> share of right answers among `samples` at temperature 1.
+
+    One model a thread.
+    """
+    advance = bar("pass rates", len(models) * len(tasks))
+    with ThreadPoolExecutor(len(models)) as pool:
+        return list(pool.map(lambda path: _pass_rates(path, tasks, samples, seed, advance), models))
+
+
+def _pass_rates(
+    model: Path, tasks: Sequence[Task], samples: int, seed: int, advance: Callable[[], None]
+) -> dict[str, float]:
     from rft.rollout.transformers_engine import TransformersEngine
 
-    rows = 512
-    engine = TransformersEngine(str(model), max_length=POSITIONS, max_sequences=rows)
-    sampling = Sampling(temperature=1.0, max_tokens=20)
-    by_length = sorted(tasks, key=lambda task: len(task.prompt))
-    chunk = rows // samples
-    rates: dict[str, float] = {}
-    for start in range(0, len(tasks), chunk):
-        part = by_length[start : start + chunk]
-        rollouts = engine.generate(
-            [
-                Request(
-                    task=task.id,
-                    prompt_ids=encode(task.prompt),
-                    seeds=tuple(derive(seed, "letters", task.id, i) for i in range(samples)),
-                    sampling=sampling,
-                )
-                for task in part
-            ]
-        )
-        for i, task in enumerate(part):
-            right = [
-                r.finish == "stop" and r.text == task.answer
-                for r in rollouts[i * samples : (i + 1) * samples]
-            ]
-            rates[task.id] = float(np.mean(right))
+    engine = TransformersEngine(str(model), max_length=POSITIONS, max_sequences=ROWS)
+    tokenizer = make_tokenizer()
+    rates = {}
+    ordered = sorted(tasks, key=lambda task: len(task.prompt))  # like lengths, little padding
+    size = max(1, ROWS // samples)
+    for start in range(0, len(ordered), size):
+        chunk = ordered[start : start + size]
+        requests = [
+            Request(
+                task=task.id,
+                prompt_ids=tuple(tokenizer(task.prompt).input_ids),
+                seeds=tuple(derive(seed, "letters", task.id, i) for i in range(samples)),
+                sampling=Sampling(temperature=1.0, max_tokens=MAX_TOKENS),
+            )
+            for task in chunk
+        ]
+        right = dict.fromkeys((task.id for task in chunk), 0)
+        answers = {task.id: task.answer for task in chunk}
+        for rollout in engine.generate(requests):
+            right[rollout.task] += (
+                rollout.finish == "stop" and rollout.text == answers[rollout.task]
+            )
+        for task in chunk:
+            rates[task.id] = right[task.id] / samples
             advance()
-    return [rates[task.id] for task in tasks]
+    return rates
 
 
 def encode(prompt: str) -> tuple[int, ...]:
