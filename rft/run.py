@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import shutil
 import signal
 from collections.abc import Iterator
@@ -33,6 +34,10 @@ MAY_CHANGE = ("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint",
 
 def run(config: Config) -> int:
     """Run `config` to its end, or from where it stopped; returns the process's exit code."""
+    # torch would make a cache under the temporary folder and leave it there.
+    os.environ.setdefault(
+        "TORCHINDUCTOR_CACHE_DIR", str(Path.home() / ".cache" / "torch" / "inductor")
+    )
     stop = Stop()
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, stop.handle)

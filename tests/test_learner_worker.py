@@ -117,7 +117,7 @@ class Ranks:
         return self.gather(pending, what="a job", deadline=90)
 
     def end(self) -> None:
-        """The ranks stay joined: what a learner started again in one process meets is tested below."""
+        """The ranks stay joined, which saves time; leaving and joining again has its own test."""
         if self.running is not None:
             self.running = None
             self.inside(_end)
@@ -255,9 +255,7 @@ def test_a_rank_with_fewer_micro_batches_than_the_other_changes_nothing(
 
 
 @pytest.mark.parametrize("stage", [0, 2])
-def test_rows_without_advantage_may_be_left_out(
-    alone: Ranks, tiny_model: Path, stage: int
-) -> None:
+def test_rows_without_advantage_may_be_left_out(alone: Ranks, tiny_model: Path, stage: int) -> None:
     rows = [(length, 0.0 if i % 2 else advantage) for i, (length, advantage) in enumerate(ROWS)]
     ((every, counts),) = batch(rows)
     some = [s for s in every if s.advantage]
@@ -399,9 +397,7 @@ def test_log_probs_are_those_of_transformers_at_temperature_1(
     np.testing.assert_allclose(found, transformers_logp(tiny_model, tokens), atol=1e-5)
 
 
-def test_temperature_scales_the_logits_that_are_learnt_from(
-    alone: Ranks, tiny_model: Path
-) -> None:
+def test_temperature_scales_the_logits_that_are_learnt_from(alone: Ranks, tiny_model: Path) -> None:
     """Behaviour log-probs taken at the temperature agree, and at another they do not."""
     from transformers import AutoModelForCausalLM
 
@@ -414,7 +410,9 @@ def test_temperature_scales_the_logits_that_are_learnt_from(
         behaviour = logp.gather(1, ids[0, 1:, None])[-row.response :, 0].numpy()
         rows.append(TrainSequence(row.tokens, row.response, row.advantage, behaviour))
     gaps = [
-        alone.learner(tiny_model, temperature=t).learn([(rows, totals(rows))], LR)[0]["mismatch_max"]
+        alone.learner(tiny_model, temperature=t).learn([(rows, totals(rows))], LR)[0][
+            "mismatch_max"
+        ]
         for t in (0.7, 1.0)
     ]
     assert gaps[0] < 1e-5

@@ -230,7 +230,7 @@ def test_micro_batches_share_the_denominators_of_the_whole_step() -> None:
     kl_coef=st.sampled_from([0.0, 0.04]),
     seed=st.integers(0, 2**32 - 1),
 )
-@settings(deadline=None, max_examples=200)
+@settings(deadline=None, max_examples=100)
 def test_however_a_batch_is_split_loss_gradient_and_metrics_add_up_to_the_whole(
     lengths: list[int], cuts: list[bool], aggregation: str, kl_coef: float, seed: int
 ) -> None:

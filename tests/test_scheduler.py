@@ -215,7 +215,9 @@ def test_counts_are_the_rollouts_that_came_back_and_rewards_may_be_fractions() -
 
 def test_a_task_reported_twice_in_a_step_adds_up(tmp_path: Path) -> None:
     twice, once = scheduler(tmp_path / "a"), scheduler(tmp_path / "b")
-    metrics = twice.observe(1, [Outcome("t1", 4, 1.0), Outcome("t2", 8, 8.0), Outcome("t1", 4, 2.0)])
+    metrics = twice.observe(
+        1, [Outcome("t1", 4, 1.0), Outcome("t2", 8, 8.0), Outcome("t1", 4, 2.0)]
+    )
     assert metrics == once.observe(1, [Outcome("t1", 8, 3.0), Outcome("t2", 8, 8.0)])
     np.testing.assert_array_equal(posterior(twice)[0], posterior(once)[0])
     twice.close()
@@ -334,9 +336,7 @@ def test_uniform_selection_is_uniform() -> None:
     assert (np.abs(counts - 100) < 5 * np.sqrt(100 * 0.75)).all()
 
 
-@given(
-    n=st.integers(1, 12), data=st.data(), which=st.sampled_from(["thompson", "mean", "uniform"])
-)
+@given(n=st.integers(1, 12), data=st.data(), which=st.sampled_from(["thompson", "mean", "uniform"]))
 @settings(deadline=None, max_examples=100)
 def test_selected_tasks_are_distinct_and_never_the_excluded_ones(
     n: int, data: st.DataObject, which: str
@@ -468,7 +468,7 @@ kills = st.one_of(st.none(), st.sampled_from([0.0, 1e-9, 1.0]), st.floats(0, 1))
     moments=st.lists(st.tuples(kills, kills, st.booleans()), min_size=1, max_size=6),
     selector=st.sampled_from([THOMPSON, MEAN]),
 )
-@settings(deadline=None, max_examples=60)
+@settings(deadline=None, max_examples=40)
 def test_killed_at_any_moment_it_goes_on_as_if_it_had_lived(
     moments: list[tuple[float | None, float | None, bool]], selector: dict[str, Any]
 ) -> None:

@@ -189,7 +189,7 @@ def test_if_all_are_damaged_it_says_so_and_what_to_do(tmp_path: Path) -> None:
     made(tmp_path, 2, 4)
     for step in (2, 4):
         alter(tmp_path / f"step_{step}" / "policy" / "weights")
-    with pytest.raises(RftError, match="all checkpoints in .* are damaged"):
+    with pytest.raises(RftError, match=r"all checkpoints in .* are damaged"):
         newest(tmp_path)
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gc
 import os
 import shutil
 import tempfile
@@ -18,6 +19,7 @@ from rft.cluster.base import Handle, locate
 from rft.errors import PartDied, RftError
 
 LOOPBACK = "127.0.0.1"
+CLOSE_SECONDS = 10.0
 
 
 @dataclass(frozen=True)
@@ -46,6 +48,13 @@ class Host:
         except RftError as error:
             return Failure(str(error))
 
+    def close(self) -> None:
+        """Let the part end its own processes and free its semaphores before this one is killed."""
+        if self._failure is None:
+            self._part.close()
+            del self._part
+            gc.collect()
+
     def address(self) -> str:
         return str(ray.util.get_node_ip_address())
 
@@ -70,7 +79,7 @@ class RayCluster:
     def __init__(self, address: str, logs: Path) -> None:
         self._local = address == "local"
         self._logs = logs
-        self._actors: dict[Any, str] = {}
+        self._handles: list[RayHandle] = []
         options: dict[str, Any] = {"address": address}
         if self._local:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
@@ -95,8 +104,8 @@ class RayCluster:
     def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> RayHandle:
         # Parts take turns at the processors, so they claim none; GPUs they do claim.
         actor = ray.remote(Host).options(num_cpus=0, num_gpus=gpus).remote(target, kwargs)
-        self._actors[actor._actor_id] = name
-        return RayHandle(name, actor)
+        self._handles.append(RayHandle(name, actor))
+        return self._handles[-1]
 
     def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
         try:
@@ -107,9 +116,8 @@ class RayCluster:
                 "rollout.deadline or learner.deadline"
             ) from error
         except RayActorError as error:
-            name = next(
-                (n for i, n in self._actors.items() if i.hex() == error.actor_id), "a worker"
-            )
+            ids = {handle.actor._actor_id.hex(): handle.name for handle in self._handles}
+            name = ids.get(error.actor_id, "a worker")
             where = f"; its log is under {self._keep_logs()}" if self._local else ""
             raise PartDied(
                 f"the process of {name} ended during {what} (killed, out of memory, or crashed)"
@@ -129,8 +137,13 @@ class RayCluster:
     def kill(self, handle: Handle) -> None:
         assert isinstance(handle, RayHandle)
         ray.kill(handle.actor)
+        self._handles.remove(handle)
 
     def close(self) -> None:
+        closing = [handle.actor.close.remote() for handle in self._handles]
+        if closing:
+            # What is too busy to close in time, or dead already, is killed below all the same.
+            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
         ray.shutdown()
         if self._local:
             shutil.rmtree(self._folder, ignore_errors=True)

@@ -13,7 +13,7 @@ import json
 import os
 import random
 import shutil
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, replace
 from functools import partial
@@ -247,15 +247,14 @@ def _build(folder: Path, settings: Settings, console: Console) -> None:
     tasks = [task for name in sets for task in sets[name]]
     held_out = {task.prompt for task in sets["validation"] + sets["test"]}
     with Progress(console=console) as progress:
-
-        def bar(text: str, total: int) -> Callable[[], None]:
-            return partial(progress.advance, progress.add_task(text, total=total))
-
         letters_model.make_models(
-            folder, settings.seed, settings.base_steps, settings.strong_steps, held_out, bar
+            folder, settings.seed, settings.base_steps, settings.strong_steps, held_out, progress
         )
-        weak, strong = letters_model.pass_rates(
-            [folder / "base", folder / "strong"], tasks, settings.samples, settings.seed, bar
+        weak, strong = (
+            letters_model.pass_rates(
+                folder / name, tasks, settings.samples, settings.seed, progress, f"sampling {name}"
+            )
+            for name in ("base", "strong")
         )
     measured = {
         task.id: replace(task, weak=weak[task.id], strong=strong[task.id]) for task in tasks
