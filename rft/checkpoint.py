@@ -14,6 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Callable
@@ -30,13 +31,15 @@ class Checkpoints:
 
     def __init__(self, folder: Path, keep: int) -> None:
         self._folder, self._keep = folder, keep
+        self._last = math.inf  # the step last written, once there is one
         folder.mkdir(parents=True, exist_ok=True)
         for torn in folder.glob(".tmp_step_*"):  # left by a kill
             shutil.rmtree(torn)
 
     def steps(self) -> list[int]:
         """Steps with a checkpoint, ascending."""
-        return sorted(int(p.name.removeprefix("step_")) for p in self._folder.glob("step_*"))
+        numbers = (p.name.removeprefix("step_") for p in self._folder.glob("step_*"))
+        return sorted(int(number) for number in numbers if number.isdecimal())
 
     def path(self, step: int) -> Path:
         """Where the checkpoint of `step` is or will be."""
@@ -58,11 +61,14 @@ class Checkpoints:
             shutil.rmtree(final)
         os.rename(temporary, final)
         _fsync(self._folder)
+        self._last = step
         return final
 
     def prune(self, best: int | None) -> None:
-        """Remove all but the newest `keep` and the checkpoint of step `best`."""
-        for step in self.steps()[: -self._keep]:
+        """Remove all but the newest `keep`, counted from the last written, and that of `best`."""
+        steps = [step for step in self.steps() if step <= self._last]
+        later = [step for step in self.steps() if step > self._last]  # damaged, or of a lost branch
+        for step in [*steps[: -self._keep], *later]:
             if step != best:
                 shutil.rmtree(self.path(step))
 
@@ -92,6 +98,8 @@ def find_fault(checkpoint: Path) -> str | None:
         manifest = json.loads((checkpoint / MANIFEST).read_text("utf-8"))
     except (OSError, ValueError):
         return f"{MANIFEST} is missing or unreadable"
+    if not isinstance(manifest, dict) or STATE not in manifest:
+        return f"{MANIFEST} is not a checkpoint's"
     for name, digest in manifest.items():
         path = checkpoint / name
         if not path.is_file():

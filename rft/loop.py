@@ -120,6 +120,7 @@ def train(run: Run) -> None:
     clock = Clock()
     if progress.step == 0:
         evaluate(run, clock)
+        clock.lap()  # no step's time
     while progress.step < config.steps and run.stop.signal is None:
         step = progress.step + 1
         metrics = run_step(run, step, clock)
@@ -160,8 +161,6 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
     metrics |= measures.of_rollouts(groups, progress.version)
 
     with clock("learn"):
-        if run.colocated:
-            run.engines.sleep()
         trained = groups
         for transform in run.transforms:
             trained = transform(trained)
@@ -169,14 +168,16 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
             config, run.advantage, trained, all_rollouts=run.learner.needs_reference
         )
         if updates:
+            if run.colocated:
+                run.engines.sleep()
             lr = learning_rate(step, config.learner, config.steps)
             sums = run.learner.learn(updates, lr)
             progress.version += len(updates)
             metrics |= measures.of_updates(sums, updates, lr)
+            if run.colocated:
+                run.engines.wake()
         else:
             run.tracker.message(f"step {step}: no group has a learning signal; no update")
-        if run.colocated:
-            run.engines.wake()
     if updates:
         with clock("sync"):
             metrics["sync/probe_gap"] = sync(run)

@@ -23,6 +23,7 @@ from rft.config.validate import check_files
 from rft.errors import RftError
 from rft.loop import Progress, Run, Stop, train
 from rft.scheduler.scheduler import SNAPSHOT, rewind_journal
+from rft.state import write_atomic
 from rft.tasks.pool import TaskPool, load_pool, tokenizer_for
 from rft.tracking.files import RunFiles
 from rft.tracking.tracker import Tracker
@@ -154,8 +155,7 @@ def owned(folder: Path) -> Iterator[None]:
     try:
         yield
     finally:
-        lock.release()
-        (folder / ".lock").unlink(missing_ok=True)
+        lock.release()  # the file stays: removing it would let two processes hold a lock each
 
 
 def same_config(config: Config, folder: Path) -> None:
@@ -178,7 +178,7 @@ def same_config(config: Config, folder: Path) -> None:
                 f"{folder} was started with another config ({'; '.join(changed)}); "
                 "choose another name for this one"
             )
-    path.write_text(yaml.safe_dump(now, sort_keys=False), "utf-8")
+    write_atomic(path, yaml.safe_dump(now, sort_keys=False).encode())
 
 
 def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:

@@ -58,10 +58,13 @@ def write_atomic(path: Path, payload: bytes) -> None:
 
 def _flatten(prefix: str, state: State, arrays: dict[str, Any], scalars: dict[str, Any]) -> None:
     for key, value in state.items():
+        if "/" in key:
+            raise TypeError(f"state {prefix + key!r}: a name must not hold a slash")
         if isinstance(value, dict):
             _flatten(f"{prefix}{key}/", value, arrays, scalars)
         elif isinstance(value, np.ndarray):
-            arrays[prefix + key] = np.ascontiguousarray(value)
+            # np.ascontiguousarray would give an array without dimensions one.
+            arrays[prefix + key] = np.asarray(value, order="C")
         elif value is None or isinstance(value, (bool, int, float, str, list)):
             scalars[prefix + key] = value
         else:

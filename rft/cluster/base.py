@@ -25,8 +25,9 @@ class Handle(Protocol):
 class Cluster(Protocol):
     """Makes workers, waits for them, and ends them."""
 
-    def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> Handle:
-        """Start building `target`, a dotted class, with `kwargs` in a worker called `name`."""
+    def spawn(self, name: str, target: str, gpu: int | None = None, **kwargs: Any) -> Handle:
+        """Start building `target`, a dotted class, with `kwargs` in a worker called `name`; on the
+        run's GPU number `gpu`, unless that is None."""
         ...
 
     def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
@@ -77,7 +78,7 @@ class InlineCluster:
     def __init__(self) -> None:
         self._parts = ExitStack()
 
-    def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> InlineHandle:
+    def spawn(self, name: str, target: str, gpu: int | None = None, **kwargs: Any) -> InlineHandle:
         part = locate(target)(**kwargs)
         self._parts.callback(part.close)
         return InlineHandle(name, part)

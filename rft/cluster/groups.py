@@ -41,13 +41,11 @@ class Engines:
             load[engine] += (
                 len(request.prompt_ids) + len(request.seeds) * request.sampling.max_tokens
             )
-        pending = [
-            handle.call("generate", [requests[i] for i in share])
-            for handle, share in zip(self._handles, shares, strict=True)
-        ]
+        busy = [(h, share) for h, share in zip(self._handles, shares, strict=True) if share]
+        pending = [h.call("generate", [requests[i] for i in share]) for h, share in busy]
         results = self._gather(pending, "generation")
         rollouts: list[list[Rollout]] = [[] for _ in requests]
-        for share, result in zip(shares, results, strict=True):
+        for (_, share), result in zip(busy, results, strict=True):
             rest = iter(result)
             for i in share:
                 rollouts[i] = [next(rest) for _ in requests[i].seeds]

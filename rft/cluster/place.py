@@ -46,19 +46,19 @@ def make_cluster(config: Config, folder: Path) -> Cluster:
         return InlineCluster()
     from rft.cluster.ray_cluster import RayCluster
 
-    return RayCluster(config.cluster.address, folder / "logs")
+    return RayCluster(config.cluster.address, gpus_needed(config), folder / "logs")
 
 
 def _start(
     cluster: Cluster, config: Config, pool: TaskPool, folder: Path, resume: Path | None
 ) -> Parts:
     device = resolve_device(config.cluster.device)
-    engine_gpus, learner_gpus = gpu_shares(config, device)
+    engine_gpus, learner_gpus = gpus_of(config)
     engines = [
         cluster.spawn(
             f"engine {i}",
             config.rollout.engine["_target_"],
-            gpus=engine_gpus,
+            gpu=engine_gpus[i],
             model_path=config.model.path,
             dtype=config.model.dtype,
             device=device,
@@ -73,7 +73,7 @@ def _start(
         cluster.spawn(
             f"learner rank {rank}",
             "rft.learner.worker.LearnerWorker",
-            gpus=learner_gpus,
+            gpu=learner_gpus[rank],
             rank=rank,
             world=world,
             settings=learner_settings(config, device),
@@ -119,11 +119,18 @@ def _start(
     return parts
 
 
-def gpu_shares(config: Config, device: str) -> tuple[float, float]:
-    """GPUs of each engine and of each learner rank; colocated ones share."""
-    if device == "cpu":
-        return 0.0, 0.0
-    return (0.5, 0.5) if config.cluster.placement == "colocated" else (1.0, 1.0)
+def gpus_of(config: Config) -> tuple[list[int | None], list[int | None]]:
+    """Which of the run's GPUs each engine and each learner rank is on; None on CPU."""
+    engines, ranks = config.rollout.engines, config.learner.workers
+    if resolve_device(config.cluster.device) == "cpu":
+        return [None] * engines, [None] * ranks
+    first = 0 if config.cluster.placement == "colocated" else engines
+    return list(range(engines)), list(range(first, first + ranks))
+
+
+def gpus_needed(config: Config) -> int:
+    """GPUs that all parts together want."""
+    return 1 + max((gpu for part in gpus_of(config) for gpu in part if gpu is not None), default=-1)
 
 
 def threads(config: Config, sharers: int) -> int:

@@ -14,12 +14,15 @@ from typing import Any
 import ray
 from ray.actor import ActorHandle
 from ray.exceptions import GetTimeoutError, RayActorError
+from ray.util.placement_group import placement_group
+from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
 from rft.cluster.base import Handle, locate
 from rft.errors import PartDied, RftError
 
 LOOPBACK = "127.0.0.1"
 CLOSE_SECONDS = 10.0
+RESERVE_SECONDS = 60
 
 
 @dataclass(frozen=True)
@@ -73,10 +76,10 @@ class RayCluster:
     """Connects to `address`, or starts a cluster of its own where that is `local`.
 
     The local one listens on loopback alone, keeps its files in a folder that `close` removes, and
-    ends with this process however that ends.
+    ends with this process however that ends. `gpus` are set aside for the parts.
     """
 
-    def __init__(self, address: str, logs: Path) -> None:
+    def __init__(self, address: str, gpus: int, logs: Path) -> None:
         self._local = address == "local"
         self._logs = logs
         self._handles: list[RayHandle] = []
@@ -92,6 +95,8 @@ class RayCluster:
             }
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR", namespace="rft")
+            if gpus:
+                self._reserve(gpus)
         except BaseException as error:
             self.close()  # Ctrl-C, say: what was started so far must not stay
             if not isinstance(error, ConnectionError):
@@ -101,9 +106,26 @@ class RayCluster:
                 "with `ray start --head`, or set cluster.address=local"
             ) from error
 
-    def spawn(self, name: str, target: str, gpus: float = 0.0, **kwargs: Any) -> RayHandle:
-        # Parts take turns at the processors, so they claim none; GPUs they do claim.
-        actor = ray.remote(Host).options(num_cpus=0, num_gpus=gpus).remote(target, kwargs)
+    def _reserve(self, gpus: int) -> None:
+        self._gpus = placement_group([{"GPU": 1}] * gpus, strategy="PACK")
+        if not self._gpus.wait(RESERVE_SECONDS):
+            have = ray.cluster_resources().get("GPU", 0)
+            raise RftError(
+                f"this run needs {gpus} GPUs and the Ray cluster, which has {have:g}, did not give "
+                f"them within {RESERVE_SECONDS} s; lower rollout.engines or learner.workers, or "
+                "wait for other jobs"
+            )
+
+    def spawn(self, name: str, target: str, gpu: int | None = None, **kwargs: Any) -> RayHandle:
+        # Parts take turns at the processors, so they claim none.
+        options: dict[str, Any] = {"num_cpus": 0}
+        if gpu is not None:
+            # Half, so that an engine and a learner rank may share one; who does not, has it alone.
+            options["num_gpus"] = 0.5
+            options["scheduling_strategy"] = PlacementGroupSchedulingStrategy(
+                self._gpus, placement_group_bundle_index=gpu
+            )
+        actor = ray.remote(Host).options(**options).remote(target, kwargs)
         self._handles.append(RayHandle(name, actor))
         return self._handles[-1]
 

@@ -118,6 +118,12 @@ def _machine(config: Config) -> None:
                 f"use at most {cores}"
             )
         return
+    share = config.rollout.engine.get("gpu_memory_fraction", 0.0)
+    if cluster.placement == "colocated" and share > 0.6:
+        raise RftError(
+            f"cluster.placement=colocated with rollout.engine.gpu_memory_fraction={share} leaves "
+            "the learner on the same GPU too little; set it to 0.6 or less"
+        )
     gpus = gpu_count()
     need = max(learner.workers, config.rollout.engines)
     if cluster.placement == "disaggregated" and cluster.mode == "ray":

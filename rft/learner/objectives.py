@@ -84,11 +84,11 @@ class PolicyLoss:
             k3_N = torch.exp(gap_N) - gap_N - 1.0
             sums["kl"] = k3_N.sum().detach()
             loss_N = loss_N + self._kl_coef * k3_N
-        return (loss_N * self._token_weights(batch, totals)).sum(), sums
+        return (loss_N / self._divisors(batch, totals)).sum(), sums
 
-    def _token_weights(self, batch: MicroBatch, totals: Totals) -> torch.Tensor | float:
+    def _divisors(self, batch: MicroBatch, totals: Totals) -> torch.Tensor | int:
         if self._aggregation == "token_mean":
-            return 1.0 / totals.tokens
+            return totals.tokens
         if self._aggregation == "sequence_mean":
-            return 1.0 / (batch.length_N * totals.sequences)
-        return 1.0 / (totals.sequences * totals.max_tokens)
+            return batch.length_N * totals.sequences
+        return totals.sequences * totals.max_tokens

@@ -173,10 +173,10 @@ class LearnerWorker:
 
     def close(self) -> None:
         """Leave the process group."""
-        import torch.distributed as dist
+        from deepspeed import comm
 
         self._engine.destroy()
-        dist.destroy_process_group()
+        comm.destroy_process_group()  # torch's own would leave DeepSpeed holding dead groups
 
     def _build(self) -> None:
         import deepspeed
@@ -202,7 +202,12 @@ class LearnerWorker:
         every = self._hf.named_parameters(remove_duplicate=False)
         self._tied = {name: first[id(p)] for name, p in every if name not in first.values()}
         if s.gradient_checkpointing:
+            from transformers.modeling_layers import GradientCheckpointingLayer
+
             self._hf.gradient_checkpointing_enable({"use_reentrant": False})
+            for layer in self._hf.modules():
+                if isinstance(layer, GradientCheckpointingLayer):
+                    layer.training = True  # it checkpoints in training only; dropout stays off
         module = TokenLogProbs(self._hf, s.temperature)
         plain = s.zero_stage == 0 and s.dtype == "float32"
         self._engine, optimizer, _, _ = deepspeed.initialize(

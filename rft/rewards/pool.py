@@ -12,6 +12,7 @@ import os
 import signal
 from collections.abc import Sequence
 from concurrent.futures import TimeoutError as FutureTimeout
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any
 
 from pebble import ProcessExpired, ProcessPool
@@ -21,7 +22,11 @@ from rft.errors import RftError
 from rft.records import Finish, Score, Task
 
 Item = tuple[Task, str, Finish]
+START_SECONDS = 60.0
+CHUNK = 32
+"""Most checks in one message to a process."""
 _verifier: Any = None
+_fault: RftError | None = None
 
 
 class VerifierPool:
@@ -37,21 +42,29 @@ class VerifierPool:
             initargs=(verifier,),
             context=multiprocessing.get_context("spawn"),
         )
-        self._pool.schedule(_ping).result()  # a verifier that cannot be built says so here
+        try:  # a verifier that cannot be built says so here
+            self._result(self._pool.schedule(_ready), START_SECONDS)
+        except FutureTimeout as error:
+            self.close()
+            raise self._unbuilt(f"not within {START_SECONDS:g} s") from error
+        except RftError:
+            self.close()
+            raise
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score an item, in order. Raises `RftError` for a reward outside [0, 1]."""
-        size = max(1, -(-len(items) // self._workers))
+        size = max(1, min(CHUNK, -(-len(items) // self._workers)))
         chunks = [items[i : i + size] for i in range(0, len(items), size)]
-        # One message a chunk is much cheaper than one an item; a chunk that fails is checked
-        # item by item, so that each verdict is its own.
-        futures = [self._pool.schedule(_score, (c,), timeout=self._timeout) for c in chunks]
-        scores: list[Score] = []
-        for chunk, future in zip(chunks, futures, strict=True):
+        # One message a chunk is much cheaper than one an item. A chunk that does not make the
+        # deadline of a single check, or kills its process, is checked again item by item, so that
+        # each verdict is its own.
+        parts: list[list[Any]] = []
+        for chunk, future in zip(chunks, [self._schedule(chunk) for chunk in chunks], strict=True):
             try:
-                scores += future.result()
+                parts.append(self._result(future))
             except (FutureTimeout, ProcessExpired):
-                scores += [self._score_alone(item) for item in chunk]
+                parts.append([self._schedule([item]) for item in chunk])
+        scores = [x if isinstance(x, Score) else self._alone(x) for part in parts for x in part]
         for (task, _, _), score in zip(items, scores, strict=True):
             if not 0.0 <= score.reward <= 1.0:  # NaN fails this too
                 raise RftError(
@@ -60,14 +73,27 @@ class VerifierPool:
                 )
         return scores
 
+    def _result(self, future: Any, seconds: float | None = None) -> Any:
+        try:
+            return future.result(seconds)
+        except BrokenProcessPool as error:  # every process ended while it was started
+            raise self._unbuilt("its process ended meanwhile") from error
+
+    def _unbuilt(self, fault: str) -> RftError:
+        return unbuilt(self._name, fault)
+
     def close(self) -> None:
         """End the worker processes."""
         self._pool.stop()
         self._pool.join()
 
-    def _score_alone(self, item: Item) -> Score:
+    def _schedule(self, items: Sequence[Item]) -> Any:
+        return self._pool.schedule(_score, (items,), timeout=self._timeout)
+
+    def _alone(self, future: Any) -> Score:
+        """The verdict of a check that was scheduled by itself."""
         try:
-            (score,) = self._pool.schedule(_score, ([item],), timeout=self._timeout).result()
+            (score,) = self._result(future)
         except FutureTimeout:
             return Score(0.0, "timeout", f"no verdict within {self._timeout:g} s")
         except ProcessExpired as error:
@@ -75,25 +101,34 @@ class VerifierPool:
         return score
 
 
+def unbuilt(name: str, fault: str) -> RftError:
+    return RftError(f"verifier {name} could not be built ({fault}); mend it or its keys")
+
+
 def _start(verifier: dict[str, Any]) -> None:
-    global _verifier
+    global _verifier, _fault
     os.setsid()  # Ctrl-C, or a SIGTERM to the whole group, is the main process's to handle
     ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent (Linux)
-    _verifier = build(verifier)
+    try:
+        _verifier = build(verifier)
+    except Exception as error:  # noqa: BLE001  (the fault boundary: a verifier may do anything)
+        _fault = unbuilt(verifier["_target_"], f"{type(error).__name__}: {error}")
 
 
-def _ping() -> bool:
-    return _verifier is not None
+def _ready() -> None:
+    if _fault is not None:
+        raise _fault
 
 
 def _score(items: Sequence[Item]) -> list[Score]:
+    _ready()
     return [_score_one(*item) for item in items]
 
 
 def _score_one(task: Task, text: str, finish: Finish) -> Score:
     try:
         reward = float(_verifier(task, text, finish))
-    except Exception as error:  # noqa: BLE001  (the fault boundary: a verifier may do anything)
+    except BaseException as error:  # noqa: BLE001  (the fault boundary: a verifier may do anything)
         return Score(0.0, "error", f"{type(error).__name__}: {error}")
     if reward >= 1.0:
         return Score(reward, "correct")

@@ -52,7 +52,7 @@ class BetaEstimator:
 
     Deviations from the public reference implementation: counts are the rollouts that came back,
     not a constant; a task with an unknown (NaN) reference gets no implicit evidence and does not
-    enter c; a batch whose mean references agree to 1e-3 leaves c as it was.
+    enter c; a batch whose mean references agree to 0.02 leaves c as it was.
     """
 
     PRIOR = 1.0  # alpha_0 = beta_0: uniform
@@ -98,7 +98,7 @@ class BetaEstimator:
         if not known.any():
             return
         weak, strong = self._weak[tasks][known].mean(), self._strong[tasks][known].mean()
-        if abs(strong - weak) < 1e-3:  # the references agree: this batch says nothing about c
+        if abs(strong - weak) < 0.02:  # the references agree: this batch says nothing about c
             return
         now = (rate[known].mean() - weak) / (strong - weak + 1e-6)
         old = now if self.capability is None else self.capability

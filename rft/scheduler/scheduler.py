@@ -7,7 +7,9 @@ after it, so a killed scheduler comes back with nothing lost and nothing counted
 
 from __future__ import annotations
 
+import hashlib
 import json
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -59,6 +61,7 @@ class Scheduler:
         self._planner: Planner = build(planner)
         self._tasks_per_step, self._rollouts_per_task = tasks_per_step, rollouts_per_task
         self._seed = seed
+        self._pool_digest = hashlib.blake2b("\x1f".join(pool.ids).encode()).hexdigest()
         self._visits = np.zeros(len(pool.ids), dtype=np.int64)
         self._observed = 0
         self._metrics: dict[str, float] = {}
@@ -66,6 +69,7 @@ class Scheduler:
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         self._restore()
+        cut_torn_line(folder / JOURNAL)
         self._journal = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
 
     def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
@@ -142,7 +146,9 @@ class Scheduler:
         return metrics | {
             "selection/effective_task_ratio": float(((rate > 0) & (rate < 1)).mean()),
             "selection/coverage": float((self._visits > 0).mean()),
-            "selection/entropy": float(-(share * np.log(share)).sum() / np.log(len(self._visits))),
+            "selection/entropy": float(
+                -(share * np.log(share)).sum() / np.log(max(2, len(self._visits)))
+            ),
             "estimate/brier": float(((predicted - rate) ** 2).mean()),
             "estimate/spearman": spearman(predicted, rate),
         }
@@ -150,6 +156,7 @@ class Scheduler:
     def _state(self) -> dict[str, Any]:
         return {
             "observed": self._observed,
+            "pool": self._pool_digest,
             "metrics": [[name, value] for name, value in self._metrics.items()],
             "visits": self._visits,
             "estimator": self._estimator.state(),
@@ -167,7 +174,12 @@ class Scheduler:
                     f"the scheduler's snapshot knows {len(self._visits)} tasks, the pool has "
                     f"{len(self._pool.ids)}: restore the pool or start a run of another name"
                 )
-            self._estimator.load(state["estimator"])
+            if state["pool"] != self._pool_digest:
+                raise RftError(
+                    "the scheduler's snapshot is of a pool with other tasks, or in another order: "
+                    "restore the pool or start a run of another name"
+                )
+            self._estimator.load(state.get("estimator", {}))
             self._selector.load(state.get("selector", {}))
             self._planner.load(state.get("planner", {}))
         for line in read_journal(self._folder / JOURNAL):
@@ -185,12 +197,13 @@ class Scheduler:
 
 
 def merge(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """One outcome a task: repeated tasks add up instead of overwriting one another."""
+    """One outcome a task: repeated tasks add up instead of overwriting one another; a task of
+    which nothing came back says nothing."""
     merged: dict[str, Outcome] = {}
     for o in outcomes:
         old = merged.get(o.task, Outcome(o.task, 0, 0.0))
         merged[o.task] = Outcome(o.task, old.n + o.n, old.total + o.total)
-    return list(merged.values())
+    return [o for o in merged.values() if o.n > 0]
 
 
 def rewind_journal(folder: Path, step: int) -> None:
@@ -199,6 +212,12 @@ def rewind_journal(folder: Path, step: int) -> None:
     temporary = folder / f".{JOURNAL}.tmp"
     temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
     temporary.replace(folder / JOURNAL)
+
+
+def cut_torn_line(path: Path) -> None:
+    """Remove what a kill left of a last line, or the next one would be written onto it."""
+    if path.exists():
+        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
 
 
 def read_journal(path: Path) -> list[dict[str, Any]]:
