@@ -235,7 +235,6 @@ def ours(job: Job, turn: Turn) -> None:
             measured = {k.removeprefix("time/"): v for k, v in clock.lap().items()}
             measured["tokens"] = metrics["tokens/generated"]
             measured["trained"] = metrics["tokens/trained"]
-        parts.close()
     tracker.close()
 
 

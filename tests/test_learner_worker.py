@@ -553,7 +553,7 @@ def test_a_learner_that_was_closed_can_be_started_again_in_its_process(tiny_mode
             learner = ranks.learner(tiny_model)
             learner.learn(batch(), LR)
             found.append(weights(learner))
-            learner.close()
+            ranks.gather([rank.call("close") for rank in ranks.ranks], what="closing", deadline=30)
             ranks.running = None
         assert_equal(*found)
     finally:
