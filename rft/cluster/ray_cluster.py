@@ -5,6 +5,7 @@ from __future__ import annotations
 import gc
 import os
 import shutil
+import signal
 import tempfile
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -93,8 +94,11 @@ class RayCluster:
                 "_node_ip_address": LOOPBACK,
                 "include_dashboard": False,
             }
+        handlers = {n: signal.getsignal(n) for n in (signal.SIGINT, signal.SIGTERM)}
         try:
             ray.init(**options, log_to_driver=False, logging_level="ERROR", namespace="rft")
+            for number, handler in handlers.items():
+                signal.signal(number, handler)  # Ray put its own over ours
             if gpus:
                 self._reserve(gpus)
         except BaseException as error:

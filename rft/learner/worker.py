@@ -65,6 +65,7 @@ class LearnerWorker:
         self._rank, self._world, self._settings = rank, world, settings
         self._store: Any = None
         self._grad_norm = 0.0
+        self._joined = False
 
     def open(self, host: str, port: int) -> int:
         """On rank 0: listen for the other ranks; `port` 0 takes a free one. Returns the port."""
@@ -98,7 +99,8 @@ class LearnerWorker:
         torch.manual_seed(s.seed + self._rank)
         if s.threads:
             torch.set_num_threads(s.threads)
-        if not dist.is_initialized():
+        self._joined = not dist.is_initialized()  # inline, vLLM has done it and will undo it
+        if self._joined:
             if self._world == 1:
                 store: dist.Store = dist.HashStore()
             else:
@@ -176,7 +178,8 @@ class LearnerWorker:
         from deepspeed import comm
 
         self._engine.destroy()
-        comm.destroy_process_group()  # torch's own would leave DeepSpeed holding dead groups
+        if self._joined:
+            comm.destroy_process_group()  # torch's own would leave DeepSpeed holding dead groups
 
     def _build(self) -> None:
         import deepspeed

@@ -76,6 +76,11 @@ class Settings:
     strong_steps: int
     samples: int
 
+    def __post_init__(self) -> None:
+        for name, value in asdict(self).items():
+            if name not in ("seed", "mislabelled") and value < 1:
+                raise RftError(f"{name}={value} for the letters tasks; it must be at least 1")
+
 
 def prepare(
     folder: str,
@@ -95,8 +100,8 @@ def prepare(
     `strong_steps` are optimizer steps of warm-up. Pass rates are means over `samples` samples.
     The same arguments give the same files, bit for bit, on one machine. About a minute on 2 cores.
 
-    Raises RftError if the folder was made with other arguments or is something else, if there are
-    fewer short words than tasks, or if another process keeps its lock for half an hour.
+    Raises RftError if an argument is off, if the folder was made with other arguments, is something
+    else or cannot be written, or if another process keeps its lock for half an hour.
     """
     settings = Settings(
         seed, mislabelled, train_tasks, held_out_tasks, base_steps, strong_steps, samples
@@ -105,7 +110,10 @@ def prepare(
     if _is_complete(final, settings):
         return
     console = Console(stderr=True, soft_wrap=True, markup=False, highlight=False)
-    final.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        final.parent.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise RftError(f"cannot make {final} ({error}); name a folder that can be made") from error
     with _locked(final.with_name(f".{final.name}.lock"), console):
         if _is_complete(final, settings):  # made while this process waited for the lock
             return

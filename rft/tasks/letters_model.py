@@ -36,7 +36,7 @@ VOCABULARY = {token: i for i, token in enumerate(TOKENS)}
 
 MOST_WRONG = 0.985
 """Share of wrong demonstrations of the longest words in the base model's corpus."""
-HALF_WRONG, SPREAD = 5.5, 0.9
+HALF_WRONG, SPREAD = 5.8, 0.8
 """Length at which half of that share is wrong, and over how many letters it rises."""
 BATCH, MICRO_BATCHES = 64, 4
 IGNORED = -100
