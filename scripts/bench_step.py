@@ -61,7 +61,6 @@ Turn = Callable[[Measured | None], bool]
 class Job:
     """What a contestant runs; `rows` is the micro-batch."""
 
-    setting: str
     engine: str
     folder: str
     prompts: int
@@ -516,7 +515,6 @@ def run_setting(setting: str, arguments: argparse.Namespace) -> dict[str, list[M
             name: (
                 kind,
                 Job(
-                    setting,
                     engine,
                     folder,
                     arguments.prompts,

@@ -52,12 +52,13 @@ class VllmEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{max(1, round(kv_cache_gib))}"
             # Compiling the sampler takes 20 s of the first batch and gains nothing at this size.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
-            if threads:
-                cores = sorted(os.sched_getaffinity(0))[:threads]
-                os.environ["VLLM_CPU_OMP_THREADS_BIND"] = ",".join(map(str, cores))
             options = {"enforce_eager": True}
         else:
             options["enable_sleep_mode"] = True
+        if self._cpu and threads:
+            import torch
+
+            torch.set_num_threads(threads)  # before vLLM binds them and turns this off
         from vllm import LLM
 
         self._llm = LLM(
