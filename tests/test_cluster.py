@@ -76,9 +76,9 @@ def test_a_value_passes_from_worker_to_worker(cluster) -> None:  # type: ignore[
 
 def test_a_workers_own_error_arrives_as_it_is(cluster) -> None:  # type: ignore[no-untyped-def]
     worker = cluster.spawn("worker", TARGET)
-    with pytest.raises(RftError, match="^no; ask for something else$"):
+    with pytest.raises(RftError, match=r"^no; ask for something else$"):
         get(cluster, worker.call("refuse"))
-    with pytest.raises(RftError, match="^no; ask for something else$"):
+    with pytest.raises(RftError, match=r"^no; ask for something else$"):
         get(cluster, worker.call("add", worker.call("refuse"), 1))
     broken = cluster.spawn("broken", TARGET, broken=True)
     with pytest.raises(RftError, match="cannot be built"):
