@@ -86,8 +86,8 @@ class Checkpoints:
             say(f"checkpoint {self.path(step)} is damaged ({fault}); trying the one before it")
         if steps:
             raise RftError(
-                f"all checkpoints in {self._folder} are damaged; restore one from a copy, or start "
-                "again under another name"
+                f"all checkpoints in {self._folder} are damaged, the last one because {fault}; "
+                "restore one from a copy, or start again under another name"
             )
         return None
 

@@ -1,4 +1,4 @@
-"""What a step's metrics are computed from. Names and meanings: docs of the run folder."""
+"""What a step's metrics are computed from."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def of_updates(
         "policy/grad_norm": float(np.mean([s["grad_norm"] for s in sums])),
         "policy/lr": lr,
         "mismatch/kl": mean("mismatch_kl"),
-        "mismatch/max_abs": max(s["mismatch_max"] for s in sums),
+        "mismatch/max_abs": float(np.max([s["mismatch_max"] for s in sums])),
         "tokens/trained": tokens,
         "tokens/padding": 1.0 - computed / sum(s["padded_tokens"] for s in sums),
     }

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Literal
 
 import numpy as np
@@ -146,13 +146,3 @@ class Receipt:
 
     version: int
     checksum: str
-
-
-@dataclass(frozen=True, slots=True)
-class StepReport:
-    """One step's metrics (name -> number) and what was observed, handed to every part."""
-
-    step: int
-    version: int
-    outcomes: tuple[Outcome, ...]
-    metrics: dict[str, float] = field(default_factory=dict)

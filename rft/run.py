@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 
 from rft.checkpoint import Checkpoints
 from rft.cluster.place import place
+from rft.config.compose import plain
 from rft.config.parts import build
 from rft.config.schema import Config
 from rft.config.validate import check_files
@@ -29,7 +30,10 @@ from rft.tracking.files import RunFiles
 from rft.tracking.tracker import Tracker
 
 PROBE_TOKENS = 256
-MAY_CHANGE = ("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint", "tracking")
+MAY_CHANGE = (
+    *("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint", "tracking"),
+    *("rollout.deadline", "learner.deadline", "learner.port", "reward.workers"),
+)
 """Keys that a resumed run may set anew: they do not change what was computed so far."""
 
 
@@ -76,7 +80,7 @@ def _load_and_train(config: Config, stop: Stop) -> int:
         name: load(source, config.evaluation.max_tasks)
         for name, source in config.tasks.evaluation.items()
     }
-    folder = Path(config.runs_dir) / config.name
+    folder = (Path(config.runs_dir) / config.name).resolve()
     with owned(folder):
         return _train(config, folder, pool, evaluation, stop)
 
@@ -84,10 +88,10 @@ def _load_and_train(config: Config, stop: Stop) -> int:
 def _train(
     config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool], stop: Stop
 ) -> int:
-    same_config(config, folder)
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
     notes: list[str] = []
     found = checkpoints.newest(notes.append)
+    same_config(config, folder, started=found is not None)
     progress = rewind(folder, found)
     if progress.step >= config.steps:
         print(f"{folder} is finished: {progress.step} steps. Raise steps, or choose another name.")
@@ -158,20 +162,23 @@ def owned(folder: Path) -> Iterator[None]:
         lock.release()  # the file stays: removing it would let two processes hold a lock each
 
 
-def same_config(config: Config, folder: Path) -> None:
-    """Write `config.yaml`, or check that it says the same; `RftError` names what differs."""
+def same_config(config: Config, folder: Path, started: bool) -> None:
+    """Write `config.yaml`; if the run has `started`, check that it said the same.
+
+    Raises `RftError` naming what differs, or for a run that must not be resumed.
+    """
     path = folder / "config.yaml"
     now = plain(asdict(config))
-    if path.exists():
-        if config.resume == "never":
-            raise RftError(
-                f"{folder} holds a run and resume=never; choose another name, or resume=auto"
-            )
+    if config.resume == "never" and path.exists():
+        raise RftError(
+            f"{folder} holds a run and resume=never; choose another name, or resume=auto"
+        )
+    if started and path.exists():
         then = yaml.safe_load(path.read_text("utf-8"))
         changed = [
             f"{key}: {old!r} -> {new!r}"
             for key, old, new in differences(then, now)
-            if key.split(".")[0] not in MAY_CHANGE
+            if not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE)
         ]
         if changed:
             raise RftError(
@@ -188,13 +195,6 @@ def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any
             yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
     elif old != new:
         yield prefix[:-1], old, new
-
-
-def plain(value: Any) -> Any:
-    """Without tuples, which YAML would tag."""
-    if isinstance(value, dict):
-        return {key: plain(v) for key, v in value.items()}
-    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value
 
 
 def rewind(folder: Path, found: tuple[Path, dict[str, Any]] | None) -> Progress:

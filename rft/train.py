@@ -47,6 +47,8 @@ def main() -> None:
             if job.mode is not None and job.mode.name == "MULTIRUN":
                 config.runs_dir, config.name = job.sweep.dir, swept(sys.argv, job.overrides.task)
             codes.append(_job(config))
+            if codes[-1] > 128:  # a signal ends the whole sweep
+                sys.exit(codes[-1])
         except (RftError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
             if wants_traceback:
                 raise

@@ -1,6 +1,6 @@
 """Policy weights as one host buffer: what the learner publishes and every engine loads.
 
-The buffer is the same on every path (shared memory, Ray's object store, a file), and its xxh3-128
+The buffer is the same on every path (inline, or Ray's object store), and its xxh3-128
 travels with it, so a torn copy is noticed before one parameter changes.
 """
 

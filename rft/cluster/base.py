@@ -6,11 +6,12 @@ Two clusters share this protocol: `inline` runs every part in this process, for 
 
 from __future__ import annotations
 
-import importlib
 from collections.abc import Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
+
+from rft.config.parts import build
 
 
 class Handle(Protocol):
@@ -48,12 +49,6 @@ class Cluster(Protocol):
         ...
 
 
-def locate(target: str) -> Any:
-    """The class or function at a dotted path."""
-    module, _, name = target.rpartition(".")
-    return getattr(importlib.import_module(module), name)
-
-
 @dataclass(frozen=True)
 class Done:
     """A value that is already there."""
@@ -79,7 +74,7 @@ class InlineCluster:
         self._parts = ExitStack()
 
     def spawn(self, name: str, target: str, gpu: int | None = None, **kwargs: Any) -> InlineHandle:
-        part = locate(target)(**kwargs)
+        part = build({"_target_": target}, **kwargs)
         self._parts.callback(part.close)
         return InlineHandle(name, part)
 

@@ -20,9 +20,11 @@ from rft.records import Outcome, Plan, Receipt, Request, Rollout, Score, Totals
 from rft.records import Sequence as TrainSequence
 from rft.rewards.pool import Item
 
-PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.2}
-"""Largest gap between learner's and engine's log-prob of one probe token: two implementations in
-one dtype differ by rounding, stale or half-loaded weights by more."""
+PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
+"""Largest gap between learner's and engine's log-probs of the probe: of any token in float32, in
+the mean in bfloat16, where one unlikely token may be off by a rounding step of its logit. Weights
+that were not loaded, or wrongly, differ by far more. At a small learning rate weights of the step
+before may not: those are told by version and checksum."""
 
 
 class Engines:
@@ -111,11 +113,11 @@ class Learner:
 
     def publish(self, version: int) -> tuple[Any, Receipt]:
         """The policy's weights as a pending value for `Engines.load`, and what they must answer."""
-        bundle, *_ = pending = [h.call("publish", version) for h in self._handles]
+        pending = [h.call("publish", version) for h in self._handles]
         # The bundle itself stays where it is; only what it should be comes to this process.
         (receipt,) = self._gather([self._handles[0].call("published")], "publishing weights")
         self._gather(pending[1:], "publishing weights")
-        return bundle, receipt
+        return pending[0], receipt
 
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """The policy's log-probs of the probe."""
@@ -181,7 +183,7 @@ class Verifiers:
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score an item, in order."""
         # The pool keeps each item's own deadline; this one only bounds a lost pool.
-        deadline = 60.0 + self._timeout * (len(items) + 1)
+        deadline = 60.0 + (self._timeout + 5.0) * (2 * len(items) + 1)
         pending = [self._handle.call("score", list(items))]
         scores: list[Score] = self._cluster.gather(pending, what="scoring", deadline=deadline)[0]
         return scores
@@ -203,16 +205,19 @@ def prove(
                 "reach it whole; resume from the last checkpoint"
             )
     expected = learner.logprobs(tokens)
-    gap = 0.0
+    worst = 0.0
     for engine, found in enumerate(engines.logprobs(tokens)):
-        gap = max(gap, float(np.abs(found - expected).max()))
+        gaps = np.abs(found - expected)
+        gap = float(gaps.max() if dtype == "float32" else gaps.mean())
         if not gap <= PROBE_TOLERANCE[dtype]:  # NaN fails this too
             raise RftError(
                 f"engine {engine} does not compute with version {version}: on the probe its "
-                f"log-probs differ from the learner's by {gap:.3g}, over {PROBE_TOLERANCE[dtype]:g}"
-                f" for {dtype}; it kept stale weights or loads this model differently"
+                f"log-probs differ from the learner's by {gap:.3g}, over "
+                f"{PROBE_TOLERANCE[dtype]:g} for {dtype}; it kept stale weights, loads this model "
+                "differently, or training diverged"
             )
-    return gap
+        worst = max(worst, gap)
+    return worst
 
 
 def _merge(ranks: list[dict[str, float]]) -> dict[str, float]:
@@ -220,6 +225,6 @@ def _merge(ranks: list[dict[str, float]]) -> dict[str, float]:
     merged = {
         k: sum(r.get(k, 0.0) for r in ranks) for k in dict.fromkeys(k for r in ranks for k in r)
     }
-    merged["mismatch_max"] = max(r["mismatch_max"] for r in ranks)
+    merged["mismatch_max"] = float(np.max([r["mismatch_max"] for r in ranks]))  # keeps NaN
     merged["grad_norm"] = ranks[0]["grad_norm"]
     return merged

@@ -32,7 +32,8 @@ class Parts:
 
 @contextmanager
 def place(config: Config, pool: TaskPool, folder: Path, resume: Path | None) -> Iterator[Parts]:
-    """Start every part, wait until all are ready, and end them all on the way out."""
+    """Start every part, wait for the learner, and end them all on the way out. `folder` and
+    `resume` are absolute: workers on other machines start in folders of their own."""
     cluster = make_cluster(config, folder)
     try:
         yield _start(cluster, config, pool, folder, resume)
@@ -52,14 +53,14 @@ def make_cluster(config: Config, folder: Path) -> Cluster:
 def _start(
     cluster: Cluster, config: Config, pool: TaskPool, folder: Path, resume: Path | None
 ) -> Parts:
-    device = resolve_device(config.cluster.device)
+    device = resolve_device(config.cluster)
     engine_gpus, learner_gpus = gpus_of(config)
     engines = [
         cluster.spawn(
             f"engine {i}",
             config.rollout.engine["_target_"],
             gpu=engine_gpus[i],
-            model_path=config.model.path,
+            model_path=local(config.model.path),
             dtype=config.model.dtype,
             device=device,
             max_length=config.tasks.max_prompt_tokens + config.rollout.max_tokens,
@@ -99,7 +100,7 @@ def _start(
             tasks_per_step=config.tasks_per_step,
             rollouts_per_task=config.rollouts_per_task,
             seed=config.seed,
-            folder=folder.resolve() / "scheduler",
+            folder=folder / "scheduler",
         )
 
     learner = Learner(
@@ -115,14 +116,14 @@ def _start(
         Verifiers(cluster, verifiers, config.reward.timeout),
         colocated=device == "cuda" and config.cluster.placement == "colocated",
     )
-    learner.start(config.learner.port, resume.resolve() if resume else None)
+    learner.start(config.learner.port, resume)
     return parts
 
 
 def gpus_of(config: Config) -> tuple[list[int | None], list[int | None]]:
     """Which of the run's GPUs each engine and each learner rank is on; None on CPU."""
     engines, ranks = config.rollout.engines, config.learner.workers
-    if resolve_device(config.cluster.device) == "cpu":
+    if resolve_device(config.cluster) == "cpu":
         return [None] * engines, [None] * ranks
     first = 0 if config.cluster.placement == "colocated" else engines
     return list(range(engines)), list(range(first, first + ranks))
@@ -131,6 +132,11 @@ def gpus_of(config: Config) -> tuple[list[int | None], list[int | None]]:
 def gpus_needed(config: Config) -> int:
     """GPUs that all parts together want."""
     return 1 + max((gpu for part in gpus_of(config) for gpu in part if gpu is not None), default=-1)
+
+
+def local(path: str) -> str:
+    """A model folder as an absolute path; a hub id as it is."""
+    return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
 def threads(config: Config, sharers: int) -> int:
@@ -142,13 +148,14 @@ def learner_settings(config: Config, device: str) -> LearnerSettings:
     """What the learner's ranks need to know."""
     learner, model = config.learner, config.model
     return LearnerSettings(
-        model_path=model.path,
+        model_path=local(model.path),
         dtype=model.dtype,
         attention=model.attention,
         gradient_checkpointing=model.gradient_checkpointing,
         device=device,
         threads=threads(config, learner.workers),
         zero_stage=learner.zero_stage,
+        token_budget=learner.token_budget,
         betas=learner.betas,
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,

@@ -7,6 +7,7 @@ import os
 import shutil
 import signal
 import tempfile
+import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -14,11 +15,12 @@ from typing import Any
 
 import ray
 from ray.actor import ActorHandle
-from ray.exceptions import GetTimeoutError, RayActorError
+from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rft.cluster.base import Handle, locate
+from rft.cluster.base import Handle
+from rft.config.parts import build
 from rft.errors import PartDied, RftError
 
 LOOPBACK = "127.0.0.1"
@@ -39,7 +41,7 @@ class Host:
     def __init__(self, target: str, kwargs: dict[str, Any]) -> None:
         self._failure: Failure | None = None
         try:
-            self._part = locate(target)(**kwargs)
+            self._part = build({"_target_": target}, **kwargs)
         except RftError as error:
             self._failure = Failure(str(error))
 
@@ -134,31 +136,44 @@ class RayCluster:
         return self._handles[-1]
 
     def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
+        end = time.monotonic() + deadline
+        waiting = list(pending)
         try:
-            values = ray.get(list(pending), timeout=deadline)
-        except GetTimeoutError as error:
-            raise PartDied(
-                f"{what} took longer than {deadline:g} s; if it is only slow, raise "
-                "rollout.deadline or learner.deadline"
-            ) from error
+            while waiting:
+                # One by one as they come: a rank's error must not wait for the ranks it holds up.
+                left = max(0.0, end - time.monotonic())
+                ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
+                if not ready:
+                    raise PartDied(
+                        f"{what} took longer than {deadline:g} s; if it is only slow, raise its "
+                        "deadline (rollout.deadline, learner.deadline)"
+                    )
+                value = ray.get(ready[0])
+                if isinstance(value, Failure):
+                    raise RftError(value.message)
+            return ray.get(list(pending))
         except RayActorError as error:
             ids = {handle.actor._actor_id.hex(): handle.name for handle in self._handles}
             name = ids.get(error.actor_id, "a worker")
-            where = f"; its log is under {self._keep_logs()}" if self._local else ""
             raise PartDied(
-                f"the process of {name} ended during {what} (killed, out of memory, or crashed)"
-                f"{where}; run the same command again to resume"
+                f"the process of {name} ended during {what}{self._why(error)}"
             ) from error
-        for value in values:
-            if isinstance(value, Failure):
-                raise RftError(value.message)
-        return values
+        except RayTaskError:
+            raise  # a fault of ours, with the worker's own traceback
+        except RayError as error:
+            raise PartDied(f"Ray failed during {what}{self._why(error)}") from error
+
+    def _why(self, error: RayError) -> str:
+        cause = str(error).strip().splitlines()[-1].strip()
+        where = f"; its log is under {self._keep_logs()}" if self._local else ""
+        return f" ({cause}){where}; run the same command again to resume"
 
     def host(self, handle: Handle) -> str:
         assert isinstance(handle, RayHandle)
         if self._local:
             return LOOPBACK
-        return str(ray.get(handle.actor.address.remote(), timeout=60))
+        (address,) = self.gather([handle.actor.address.remote()], what="start", deadline=600.0)
+        return str(address)
 
     def kill(self, handle: Handle) -> None:
         assert isinstance(handle, RayHandle)
@@ -166,13 +181,15 @@ class RayCluster:
         self._handles.remove(handle)
 
     def close(self) -> None:
-        closing = [handle.actor.close.remote() for handle in self._handles]
-        if closing:
-            # What is too busy to close in time, or dead already, is killed below all the same.
-            ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
-        ray.shutdown()
-        if self._local:
-            shutil.rmtree(self._folder, ignore_errors=True)
+        try:
+            closing = [handle.actor.close.remote() for handle in self._handles]
+            if closing:
+                # What is too busy to close in time, or dead already, is killed below all the same.
+                ray.wait(closing, num_returns=len(closing), timeout=CLOSE_SECONDS)
+        finally:  # a second Ctrl-C ends the waiting, not the cleaning
+            ray.shutdown()
+            if self._local:
+                shutil.rmtree(self._folder, ignore_errors=True)
 
     def _keep_logs(self) -> Path:
         """Workers' output goes with the cluster's folder unless it is copied to the run's."""

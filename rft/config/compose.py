@@ -85,3 +85,10 @@ def keys(config: Any = Config, prefix: str = "") -> list[str]:
         if is_dataclass(nested):
             found += keys(nested, f"{prefix}{f.name}.")
     return found
+
+
+def plain(value: Any) -> Any:
+    """A config's value without tuples, which YAML would tag."""
+    if isinstance(value, dict):
+        return {key: plain(v) for key, v in value.items()}
+    return [plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import yaml
 
+from rft.config.compose import plain
 from rft.config.schema import Config
 from rft.config.validate import gpu_count, resolve_device
 
@@ -19,7 +20,7 @@ BYTES = {"float32": 4, "bfloat16": 2}
 def describe(config: Config) -> str:
     """The resolved config, batch arithmetic, placement and a memory estimate, as text."""
     sections = {
-        "config": yaml.safe_dump(_plain(asdict(config)), sort_keys=False).rstrip(),
+        "config": yaml.safe_dump(plain(asdict(config)), sort_keys=False).rstrip(),
         "batch": _batch(config),
         "placement": _placement(config),
         "memory": _memory(config),
@@ -47,7 +48,7 @@ def _batch(config: Config) -> str:
 
 
 def _placement(config: Config) -> str:
-    device = resolve_device(config.cluster.device)
+    device = resolve_device(config.cluster)
     engines, ranks = config.rollout.engines, config.learner.workers
     if config.cluster.mode == "inline":
         where = "all parts in this process"
@@ -107,9 +108,3 @@ def _parameters(path: str) -> tuple[int, int]:
 
 def _memory_bytes() -> int:
     return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-
-
-def _plain(value: object) -> object:
-    if isinstance(value, dict):
-        return {key: _plain(v) for key, v in value.items()}
-    return [_plain(v) for v in value] if isinstance(value, (list, tuple)) else value

@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from rft.config.parts import check
-from rft.config.schema import Config
+from rft.config.schema import ClusterConfig, Config
 from rft.errors import RftError, nearest
 
 PARTS = (
@@ -35,7 +35,7 @@ CHOICES = {
 AT_LEAST: dict[str, float] = {
     "steps": 1,
     "tasks_per_step": 1,
-    "rollouts_per_task": 1,
+    "rollouts_per_task": 2,  # a group of one has nothing to be compared with
     "tasks.max_prompt_tokens": 1,
     "rollout.engines": 1,
     "rollout.max_tokens": 1,
@@ -61,6 +61,12 @@ AT_LEAST: dict[str, float] = {
 def validate(config: Config) -> None:
     """Raise `RftError` naming the first key that cannot work, its value and the mend."""
     _values(config)
+    for key in ("model_path", "dtype", "device", "max_length", "threads"):
+        if key in config.rollout.engine:
+            raise RftError(
+                f"rollout.engine.{key} is set by the run (model.path, model.dtype, cluster.device, "
+                "tasks.max_prompt_tokens + rollout.max_tokens, cluster.threads); set it there"
+            )
     for where in PARTS:
         check(where, get(config, where))
     for i, transform in enumerate(config.transforms):
@@ -93,6 +99,8 @@ def _values(config: Config) -> None:
         value = get(config, key)
         if not 0 < value < float("inf"):
             raise RftError(f"{key}={value} must be a positive number")
+    if not all(0.0 <= beta < 1.0 for beta in config.learner.betas):
+        raise RftError(f"learner.betas={list(config.learner.betas)} must lie in [0, 1)")
     if config.learner.zero_stage > 3:
         raise RftError(f"learner.zero_stage={config.learner.zero_stage}; DeepSpeed has 0 to 3")
     name = config.name
@@ -107,7 +115,13 @@ def _machine(config: Config) -> None:
             f"cluster=inline is one process and cannot hold learner.workers={learner.workers} and "
             f"rollout.engines={config.rollout.engines}; use cluster=ray, or one of each"
         )
-    device = resolve_device(cluster.device)
+    share = config.rollout.engine.get("gpu_memory_fraction", 0.0)
+    if cluster.placement == "colocated" and share > 0.6:
+        raise RftError(
+            f"cluster.placement=colocated with rollout.engine.gpu_memory_fraction={share} leaves "
+            "the learner on the same GPU too little; set it to 0.6 or less"
+        )
+    device = resolve_device(cluster)
     if cluster.mode == "ray" and cluster.address != "local":
         return  # what the cluster has is asked of the cluster
     if device == "cpu":
@@ -118,12 +132,6 @@ def _machine(config: Config) -> None:
                 f"use at most {cores}"
             )
         return
-    share = config.rollout.engine.get("gpu_memory_fraction", 0.0)
-    if cluster.placement == "colocated" and share > 0.6:
-        raise RftError(
-            f"cluster.placement=colocated with rollout.engine.gpu_memory_fraction={share} leaves "
-            "the learner on the same GPU too little; set it to 0.6 or less"
-        )
     gpus = gpu_count()
     need = max(learner.workers, config.rollout.engines)
     if cluster.placement == "disaggregated" and cluster.mode == "ray":
@@ -144,9 +152,9 @@ def _port(config: Config) -> None:
     with socket.socket() as probe:
         try:
             probe.bind(("127.0.0.1", port))
-        except OSError as error:
+        except (OSError, OverflowError) as error:
             raise RftError(
-                f"learner.port={port} cannot be used ({error.strerror}); free it, or set "
+                f"learner.port={port} cannot be used ({error}); free it, or set "
                 "learner.port=0 to take a free one"
             ) from error
 
@@ -169,7 +177,7 @@ def _read_only(folder: Path) -> bool:
 def check_files(config: Config) -> None:
     """Model and pools that are named as paths must be there, and the model long enough."""
     folder = Path(config.model.path)
-    if folder.is_absolute() or config.model.path.startswith("."):
+    if folder.is_dir() or folder.is_absolute() or config.model.path.startswith("."):
         if not (folder / "config.json").is_file():
             raise RftError(
                 f"model.path={config.model.path} holds no model (no config.json); set it to a "
@@ -193,8 +201,17 @@ def _positions(config: Config, path: Path) -> None:
         )
 
 
-def resolve_device(device: str) -> str:
-    """cpu or cuda. Raises `RftError` for cuda on a machine without a GPU."""
+def resolve_device(cluster: ClusterConfig) -> str:
+    """cpu or cuda. Raises `RftError` for cuda on a machine without a GPU, and for auto where the
+    run is not on this machine."""
+    device = cluster.device
+    if cluster.mode == "ray" and cluster.address != "local":
+        if device == "auto":
+            raise RftError(
+                f"cluster.device=auto cannot be told of the Ray cluster at {cluster.address}; set "
+                "it to cpu or cuda"
+            )
+        return device
     gpus = gpu_count()
     if device == "cuda" and gpus == 0:
         raise RftError(

@@ -16,12 +16,14 @@ class TokenLogProbs(nn.Module):
 
     Rows are padded on the right, so causal attention needs no mask. DeepSpeed wraps this module
     as a whole, since ZeRO-3 gathers parameters in the forward pass of the module that it wraps.
+    The head is applied to `chunks` parts of the tokens; None: as many as CHUNK asks for.
     """
 
-    def __init__(self, model: Any, temperature: float) -> None:
+    def __init__(self, model: Any, temperature: float, chunks: int | None = None) -> None:
         super().__init__()
         self.model = model
         self._temperature = temperature
+        self._chunks = chunks
 
     def forward(
         self, tokens_BT: torch.Tensor, targets_BT: torch.Tensor, temperature: float | None = None
@@ -34,11 +36,14 @@ class TokenLogProbs(nn.Module):
         targets_N = tokens_BT[:, 1:][targets_BT[:, 1:]]
         scale = self._temperature if temperature is None else temperature
         head = self.model.get_output_embeddings()
-        if len(targets_N) <= CHUNK:
+        chunks = self._chunks or -(-len(targets_N) // CHUNK)
+        if chunks == 1:
             return _score(head, hidden_NH, targets_N, scale)
         parts = [
             checkpoint(_score, head, h, t, scale, use_reentrant=False)
-            for h, t in zip(hidden_NH.split(CHUNK), targets_N.split(CHUNK), strict=True)
+            for h, t in zip(
+                hidden_NH.tensor_split(chunks), targets_N.tensor_split(chunks), strict=True
+            )
         ]
         return torch.cat([p[0] for p in parts]), torch.cat([p[1] for p in parts])
 

@@ -4,8 +4,6 @@ import math
 
 from rft.config.schema import LearnerConfig
 
-SCHEDULES = ("constant", "linear", "cosine")
-
 
 def learning_rate(step: int, config: LearnerConfig, steps: int) -> float:
     """Rate of training step `step` (from 1) out of `steps`: warm-up, then the schedule to 0.

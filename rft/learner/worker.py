@@ -50,6 +50,7 @@ class LearnerSettings:
     device: str
     threads: int
     zero_stage: int
+    token_budget: int
     betas: tuple[float, float]
     weight_decay: float
     max_grad_norm: float
@@ -66,6 +67,7 @@ class LearnerWorker:
         self._store: Any = None
         self._grad_norm = 0.0
         self._joined = False
+        self._engine: Any = None
 
     def open(self, host: str, port: int) -> int:
         """On rank 0: listen for the other ranks; `port` 0 takes a free one. Returns the port."""
@@ -177,8 +179,9 @@ class LearnerWorker:
         """Leave the process group."""
         from deepspeed import comm
 
-        self._engine.destroy()
-        if self._joined:
+        if self._engine is not None:
+            self._engine.destroy()
+        if self._joined and comm.is_initialized():
             comm.destroy_process_group()  # torch's own would leave DeepSpeed holding dead groups
 
     def _build(self) -> None:
@@ -187,7 +190,7 @@ class LearnerWorker:
         from deepspeed.utils import logger
         from transformers import AutoModelForCausalLM
 
-        from rft.learner.logprobs import TokenLogProbs
+        from rft.learner.logprobs import CHUNK, TokenLogProbs
 
         s = self._settings
         logger.setLevel("ERROR")
@@ -211,7 +214,9 @@ class LearnerWorker:
             for layer in self._hf.modules():
                 if isinstance(layer, GradientCheckpointingLayer):
                     layer.training = True  # it checkpoints in training only; dropout stays off
-        module = TokenLogProbs(self._hf, s.temperature)
+        # ZeRO-3 ranks must call the head equally often, however many tokens each has.
+        chunks = -(-s.token_budget // CHUNK) if s.zero_stage == 3 else None
+        module = TokenLogProbs(self._hf, s.temperature, chunks)
         plain = s.zero_stage == 0 and s.dtype == "float32"
         self._engine, optimizer, _, _ = deepspeed.initialize(
             model=module,
@@ -267,7 +272,7 @@ class LearnerWorker:
         from rft.learner.objectives import MicroBatch
 
         sums: dict[str, torch.Tensor] = {}
-        mismatch_max = 0.0
+        mismatches = [0.0]
         padded = 0
         for sequences, known_old in zip(update.micro_batches, olds, strict=True):
             logp_N, entropy_N, tokens_BT, targets_BT = self._forward(sequences)
@@ -294,7 +299,7 @@ class LearnerWorker:
                 continue
             behaviour_N = torch.from_numpy(np.concatenate([r.behaviour_logp for r in rows]))
             gap_N = old_N - behaviour_N.to(self._device)
-            mismatch_max = max(mismatch_max, float(gap_N.abs().max()))
+            mismatches.append(float(gap_N.abs().max()))
             padded += tokens_BT.numel()
             extra |= {
                 "loss": loss.detach(),
@@ -306,7 +311,7 @@ class LearnerWorker:
         self._engine.step()
         norm = self._grad_norm if self._plain else self._engine.get_global_grad_norm()
         return {name: float(value) for name, value in sums.items()} | {
-            "mismatch_max": mismatch_max,
+            "mismatch_max": float(np.max(mismatches)),  # keeps NaN, as max would not
             "padded_tokens": float(padded),
             "grad_norm": float(norm or 0.0),
         }

@@ -130,15 +130,14 @@ class VllmEngine:
         return Receipt(bundle.version, checksum)
 
     def sleep(self) -> None:
-        """Give the GPU's memory back. The next `wake` must be followed by `load_weights`."""
+        """Give the GPU's memory back; the weights wait in host memory."""
         if not self._cpu:
-            self._llm.sleep(level=2)
+            self._llm.sleep(level=1)
 
     def wake(self) -> None:
-        """Take the memory again, weights before KV cache."""
+        """Take the memory again."""
         if not self._cpu:
-            self._llm.wake_up(tags=["weights"])
-            self._llm.wake_up(tags=["kv_cache"])
+            self._llm.wake_up()
 
     def close(self) -> None:
         """End vLLM's own processes."""
