@@ -93,6 +93,7 @@ class Ranks:
             "device": "cpu",
             "threads": 1,
             "zero_stage": stage,
+            "token_budget": token_budget,
             "betas": (0.9, 0.95),
             "weight_decay": 0.01,
             "max_grad_norm": 0.0,

@@ -138,6 +138,7 @@ class RayCluster:
     def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
         end = time.monotonic() + deadline
         waiting = list(pending)
+        values: dict[Any, Any] = {}
         try:
             while waiting:
                 # One by one as they come: a rank's error must not wait for the ranks it holds up.
@@ -148,16 +149,14 @@ class RayCluster:
                         f"{what} took longer than {deadline:g} s; if it is only slow, raise its "
                         "deadline (rollout.deadline, learner.deadline)"
                     )
-                value = ray.get(ready[0])
+                value = values[ready[0]] = ray.get(ready[0])
                 if isinstance(value, Failure):
                     raise RftError(value.message)
-            return ray.get(list(pending))
+            return [values[reference] for reference in pending]
         except RayActorError as error:
             ids = {handle.actor._actor_id.hex(): handle.name for handle in self._handles}
             name = ids.get(error.actor_id, "a worker")
-            raise PartDied(
-                f"the process of {name} ended during {what}{self._why(error)}"
-            ) from error
+            raise PartDied(f"{name} ended during {what}{self._why(error)}") from error
         except RayTaskError:
             raise  # a fault of ours, with the worker's own traceback
         except RayError as error:
