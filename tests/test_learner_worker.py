@@ -559,3 +559,26 @@ def test_a_learner_that_was_closed_can_be_started_again_in_its_process(tiny_mode
         assert_equal(*found)
     finally:
         ranks.close()
+
+
+def test_the_head_is_called_as_often_as_told_whatever_the_number_of_tokens(
+    tiny_model: Path,
+) -> None:
+    """ZeRO-3 gathers the head's weights at each call, so ranks must call it equally often."""
+    from transformers import AutoModelForCausalLM
+
+    from rft.learner.logprobs import TokenLogProbs
+
+    model = AutoModelForCausalLM.from_pretrained(tiny_model).eval()
+    calls: list[int] = []
+    model.get_output_embeddings().register_forward_hook(lambda *_: calls.append(1))
+    for tokens in (2, 12):
+        tokens_BT = torch.arange(3, 3 + tokens)[None]
+        targets_BT = torch.arange(tokens)[None] > 0
+        with torch.no_grad():
+            whole = TokenLogProbs(model, 1.0)(tokens_BT, targets_BT)
+            calls.clear()
+            parts = TokenLogProbs(model, 1.0, chunks=3)(tokens_BT, targets_BT)
+        assert len(calls) == 3
+        for a, b in zip(whole, parts, strict=True):
+            torch.testing.assert_close(a, b)
