@@ -18,6 +18,7 @@ def test_killed_at_every_point_and_resumed_it_is_the_same_run(
 ) -> None:
     """One run is killed at all 12 points in turn, resumed each time, and compared with a run
     that nothing happened to."""
+    folders = set(Path("/tmp").glob("rft-ray-*"))
     check(train(*overrides(tiny_model, tmp_path, "whole", *RANKS[ranks])))
     arguments = overrides(tiny_model, tmp_path, "killed", *RANKS[ranks])
     for point, step in zip(POINTS, STEPS, strict=True):
@@ -25,3 +26,5 @@ def test_killed_at_every_point_and_resumed_it_is_the_same_run(
         assert done.returncode == -signal.SIGKILL, (point, done.stdout, done.stderr)
     check(train(*arguments))
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
+    # A killed run cannot clean up after itself; the one that follows does.
+    assert set(Path("/tmp").glob("rft-ray-*")) <= folders

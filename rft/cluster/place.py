@@ -47,7 +47,7 @@ def make_cluster(config: Config, folder: Path) -> Cluster:
         return InlineCluster()
     from rft.cluster.ray_cluster import RayCluster
 
-    return RayCluster(config.cluster.address, gpus_needed(config), folder / "logs")
+    return RayCluster(config.cluster.address, gpus_needed(config), folder)
 
 
 def _start(

@@ -82,15 +82,19 @@ class RayCluster:
     ends with this process however that ends. `gpus` are set aside for the parts.
     """
 
-    def __init__(self, address: str, gpus: int, logs: Path) -> None:
+    def __init__(self, address: str, gpus: int, folder: Path) -> None:
         self._local = address == "local"
-        self._logs = logs
+        self._logs = folder / "logs"
+        self._note = folder / ".ray"  # where the files are, for the run that follows a kill -9
         self._handles: list[RayHandle] = []
         options: dict[str, Any] = {"address": address}
         if self._local:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+            if self._note.exists():
+                shutil.rmtree(self._note.read_text(), ignore_errors=True)
             # Short, as Ray puts sockets there and their paths may have 107 characters.
             self._folder = tempfile.mkdtemp(prefix="rft-ray-")
+            self._note.write_text(self._folder)
             options |= {
                 "_temp_dir": self._folder,
                 "_node_ip_address": LOOPBACK,
@@ -189,6 +193,7 @@ class RayCluster:
             ray.shutdown()
             if self._local:
                 shutil.rmtree(self._folder, ignore_errors=True)
+                self._note.unlink(missing_ok=True)
 
     def _keep_logs(self) -> Path:
         """Workers' output goes with the cluster's folder unless it is copied to the run's."""
