@@ -16,6 +16,7 @@ import yaml
 from filelock import FileLock, Timeout
 
 from rft.checkpoint import Checkpoints
+from rft.cluster.base import RAY_NOTE
 from rft.cluster.place import place
 from rft.config.compose import plain
 from rft.config.parts import build
@@ -157,6 +158,10 @@ def owned(folder: Path) -> Iterator[None]:
             f"another process is running {folder}; wait for it, or choose another name"
         ) from error
     try:
+        note = folder / RAY_NOTE
+        if note.exists():  # the run before was killed and could not clean up
+            shutil.rmtree(note.read_text("utf-8"), ignore_errors=True)
+            note.unlink()
         yield
     finally:
         lock.release()  # the file stays: removing it would let two processes hold a lock each

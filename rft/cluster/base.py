@@ -14,6 +14,10 @@ from typing import Any, Protocol
 from rft.config.parts import build
 
 
+RAY_NOTE = ".ray"
+"""In a run's folder while Ray runs: where Ray keeps its files, for the run after a kill -9."""
+
+
 class Handle(Protocol):
     """One worker. `call` starts a method and returns something for `Cluster.gather`; it may also
     be passed to another worker's `call` as an argument, where its value arrives."""

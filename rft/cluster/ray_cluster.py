@@ -19,7 +19,7 @@ from ray.exceptions import RayActorError, RayError, RayTaskError
 from ray.util.placement_group import placement_group
 from ray.util.scheduling_strategies import PlacementGroupSchedulingStrategy
 
-from rft.cluster.base import Handle
+from rft.cluster.base import RAY_NOTE, Handle
 from rft.config.parts import build
 from rft.errors import PartDied, RftError
 
@@ -85,13 +85,11 @@ class RayCluster:
     def __init__(self, address: str, gpus: int, folder: Path) -> None:
         self._local = address == "local"
         self._logs = folder / "logs"
-        self._note = folder / ".ray"  # where the files are, for the run that follows a kill -9
+        self._note = folder / RAY_NOTE
         self._handles: list[RayHandle] = []
         options: dict[str, Any] = {"address": address}
         if self._local:
             os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
-            if self._note.exists():
-                shutil.rmtree(self._note.read_text(), ignore_errors=True)
             # Short, as Ray puts sockets there and their paths may have 107 characters.
             self._folder = tempfile.mkdtemp(prefix="rft-ray-")
             self._note.write_text(self._folder)
