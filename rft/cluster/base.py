@@ -13,7 +13,6 @@ from typing import Any, Protocol
 
 from rft.config.parts import build
 
-
 RAY_NOTE = ".ray"
 """In a run's folder while Ray runs: where Ray keeps its files, for the run after a kill -9."""
 
