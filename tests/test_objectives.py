@@ -12,9 +12,10 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from rft.config.parts import check
 from rft.errors import RftError
 from rft.learner.advantages import GroupAdvantage
-from rft.learner.objectives import AGGREGATIONS, MicroBatch, PolicyLoss
+from rft.learner.objectives import MicroBatch, PolicyLoss
 from rft.records import Totals
 
 # Two sequences of 3 and 2 tokens, laid end to end.
@@ -25,6 +26,7 @@ REFERENCE = [-0.7, -1.1, -0.8, -1.95, -1.3]
 SIMPLE = [1.0, -0.5]
 GROUP = [0.8660239037870368, -0.8660239037870368]
 
+AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 GRPO: dict[str, Any] = {"aggregation": "sequence_mean"}
 DAPO: dict[str, Any] = {"aggregation": "token_mean", "clip_high": 0.28}
 DR_GRPO: dict[str, Any] = {"aggregation": "constant"}
@@ -290,6 +292,9 @@ def test_absurd_ratios_stay_finite_in_float32(gap: float, advantage: float) -> N
     assert torch.isfinite(sums["kl"])
 
 
-def test_an_unknown_aggregation_is_refused_naming_those_there_are() -> None:
-    with pytest.raises(RftError, match=r"objective\.aggregation='mean'.*token_mean"):
-        PolicyLoss(aggregation="mean")
+def test_an_unknown_aggregation_is_refused_before_anything_is_imported() -> None:
+    part = {"_target_": "rft.learner.objectives.PolicyLoss", "aggregation": "mean"}
+    with pytest.raises(RftError, match=r"objective\.aggregation='mean'.*'token_mean'"):
+        check("objective", part)
+    for aggregation in AGGREGATIONS:
+        check("objective", part | {"aggregation": aggregation})

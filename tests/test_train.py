@@ -283,6 +283,7 @@ BAD = {
     "inline with ranks": (["learner.workers=2"], "cluster=inline"),
     "a GPU run without a GPU": (["cluster.device=cuda"], "without an NVIDIA GPU"),
     "an engine key that the run sets": (["+rollout.engine.dtype=bfloat16"], "model.dtype"),
+    "not a choice of a part": (["objective.aggregation=mean"], "did you mean 'token_mean'"),
     "betas out of range": (["learner.betas=[0.9,1.5]"], "learner.betas=[0.9, 1.5]"),
     "a remote cluster's device": (["cluster=ray", "cluster.address=auto"], "cluster.device=auto"),
     "more tasks than the pool": (["tasks_per_step=4000"], "tasks_per_step=4000"),

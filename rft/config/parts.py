@@ -25,19 +25,29 @@ def build(part: dict[str, Any], *args: Any, **kwargs: Any) -> Any:
 
 
 def check(where: str, part: dict[str, Any]) -> None:
-    """Raise `RftError` if `part` names no class or function there is, or a key it does not take."""
+    """Raise `RftError` if `part` names no class or function there is, a key it does not take, or
+    for an argument that is a `Literal` a value that is not one of it."""
     target = part.get("_target_")
     if not target or "." not in str(target):
         raise RftError(f"{where}._target_ is {target!r}; give the dotted path of a class")
     keywords = _keywords(where, str(target))
-    for key in part:
-        if key != "_target_" and keywords is not None and key not in keywords:
-            raise RftError(f"{where}.{key}: {target} has no key {key!r}; {nearest(key, keywords)}")
+    for key, value in part.items():
+        if key == "_target_" or keywords is None:
+            continue
+        if key not in keywords:
+            hint = nearest(key, [*keywords])
+            raise RftError(f"{where}.{key}: {target} has no key {key!r}; {hint}")
+        choices = keywords[key]
+        if choices and value not in choices:
+            raise RftError(
+                f"{where}.{key}={value!r} is not a choice; {nearest(str(value), choices)}"
+            )
 
 
 @cache
-def _keywords(where: str, target: str) -> tuple[str, ...] | None:
-    """Argument names of `target`; None where it takes any."""
+def _keywords(where: str, target: str) -> dict[str, tuple[str, ...]] | None:
+    """Arguments of `target`, each with the choices of its `Literal`, if it is one; None where it
+    takes any."""
     module, _, name = target.rpartition(".")
     try:
         spec = importlib.util.find_spec(module)
@@ -61,12 +71,20 @@ def _keywords(where: str, target: str) -> tuple[str, ...] | None:
         init = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         if not init:
             # Without its own __init__ a class takes no keys, unless a base outside this file does.
-            return () if all(_local(base, definitions) for base in node.bases) else None
+            return {} if all(_local(base, definitions) for base in node.bases) else None
         node = init[0]
     arguments = node.args
     if arguments.kwarg is not None:
         return None
-    return tuple(a.arg for a in [*arguments.args, *arguments.kwonlyargs] if a.arg != "self")
+    named = [a for a in [*arguments.args, *arguments.kwonlyargs] if a.arg != "self"]
+    return {a.arg: _choices(a.annotation) for a in named}
+
+
+def _choices(annotation: ast.expr | None) -> tuple[str, ...]:
+    """The strings of a `Literal[...]` annotation."""
+    if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal"):
+        return ()
+    return tuple(n.value for n in ast.walk(annotation.slice) if isinstance(n, ast.Constant))
 
 
 def _local(base: ast.expr, definitions: dict[str, Any]) -> bool:

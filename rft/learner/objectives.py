@@ -6,14 +6,11 @@ the batch is split into micro-batches or spread over ranks.
 
 from __future__ import annotations
 
-from typing import NamedTuple, Protocol
+from typing import Literal, NamedTuple, Protocol
 
 import torch
 
-from rft.errors import RftError
 from rft.records import Totals
-
-AGGREGATIONS = ("token_mean", "sequence_mean", "constant")
 
 
 class MicroBatch(NamedTuple):
@@ -59,13 +56,9 @@ class PolicyLoss:
         *,
         clip_low: float = 0.2,
         clip_high: float = 0.2,
-        aggregation: str = "token_mean",
+        aggregation: Literal["token_mean", "sequence_mean", "constant"] = "token_mean",
         kl_coef: float = 0.0,
     ) -> None:
-        if aggregation not in AGGREGATIONS:
-            raise RftError(
-                f"objective.aggregation={aggregation!r} is not one of {', '.join(AGGREGATIONS)}"
-            )
         self._low, self._high = 1.0 - clip_low, 1.0 + clip_high
         self._aggregation, self._kl_coef = aggregation, kl_coef
         self.needs_reference = kl_coef > 0.0
