@@ -39,9 +39,8 @@ def check(where: str, part: dict[str, Any]) -> None:
             raise RftError(f"{where}.{key}: {target} has no key {key!r}; {hint}")
         choices = keywords[key]
         if choices and value not in choices:
-            raise RftError(
-                f"{where}.{key}={value!r} is not a choice; {nearest(str(value), choices)}"
-            )
+            hint = nearest(str(value), choices)
+            raise RftError(f"{where}.{key}={value!r} is not a choice; {hint}")
 
 
 @cache
@@ -84,7 +83,8 @@ def _choices(annotation: ast.expr | None) -> tuple[str, ...]:
     """The strings of a `Literal[...]` annotation."""
     if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal"):
         return ()
-    return tuple(n.value for n in ast.walk(annotation.slice) if isinstance(n, ast.Constant))
+    values = [n.value for n in ast.walk(annotation.slice) if isinstance(n, ast.Constant)]
+    return tuple(value for value in values if isinstance(value, str))
 
 
 def _local(base: ast.expr, definitions: dict[str, Any]) -> bool:
