@@ -217,30 +217,13 @@ class LearnerWorker:
         # ZeRO-3 ranks must call the head equally often, however many tokens each has.
         chunks = -(-s.token_budget // CHUNK) if s.zero_stage == 3 else None
         module = TokenLogProbs(self._hf, s.temperature, chunks)
-        plain = s.zero_stage == 0 and s.dtype == "float32"
         self._engine, optimizer, _, _ = deepspeed.initialize(
             model=module,
             model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config={
-                "train_micro_batch_size_per_gpu": 1,
-                # The number of micro-batches varies from step to step: `step` is the boundary.
-                "managed_gradient_accumulation": False,
-                "gradient_clipping": 0.0 if plain else s.max_grad_norm,
-                "bf16": {"enabled": s.dtype == "bfloat16"},
-                "zero_optimization": {"stage": s.zero_stage},
-                "optimizer": {
-                    "type": "AdamW",
-                    "params": {
-                        "lr": 0.0,
-                        "betas": list(s.betas),
-                        "weight_decay": s.weight_decay,
-                        "torch_adam": True,
-                    },
-                },
-                "steps_per_print": None,
-            },
+            config=_deepspeed_config(s),
         )
-        if plain:
+        self._plain = _is_plain(s)
+        if self._plain:
             # Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm.
             limit = s.max_grad_norm or float("inf")
 
@@ -249,7 +232,6 @@ class LearnerWorker:
                 self._grad_norm = float(norm)
 
             optimizer.register_step_pre_hook(clip)
-        self._plain = plain
         self._reference = None
         if self._objective.needs_reference:
             self._reference = TokenLogProbs(load(), s.temperature).eval().requires_grad_(False)
@@ -341,6 +323,30 @@ class LearnerWorker:
             with whole:
                 if keep:
                     yield from ((name, p.detach()) for name, p in bucket)
+
+
+def _is_plain(s: LearnerSettings) -> bool:
+    """Whether DeepSpeed steps torch's own optimizer, without ZeRO or master weights around it."""
+    return s.zero_stage == 0 and s.dtype == "float32"
+
+
+def _deepspeed_config(s: LearnerSettings) -> dict[str, Any]:
+    adam = {
+        "lr": 0.0,  # set at each step
+        "betas": list(s.betas),
+        "weight_decay": s.weight_decay,
+        "torch_adam": True,
+    }
+    return {
+        "train_micro_batch_size_per_gpu": 1,
+        # The number of micro-batches varies from step to step: `step` is the boundary.
+        "managed_gradient_accumulation": False,
+        "gradient_clipping": 0.0 if _is_plain(s) else s.max_grad_norm,
+        "bf16": {"enabled": s.dtype == "bfloat16"},
+        "zero_optimization": {"stage": s.zero_stage},
+        "optimizer": {"type": "AdamW", "params": adam},
+        "steps_per_print": None,
+    }
 
 
 DUMMY = Sequence(np.zeros(2, np.int32), 1, 0.0, np.zeros(1, np.float32))
