@@ -156,7 +156,7 @@ def test_groups_may_differ_in_size_and_grow_over_rounds(tiny_model: Path, tmp_pa
     folder = tmp_path / "run"
     journal = [json.loads(s) for s in (folder / "scheduler/journal.jsonl").read_text().splitlines()]
     observed = {n for line in journal if line["event"] == "observe" for _, n, _ in line["outcomes"]}
-    assert {2, 4} < observed | {5}
+    assert {4, 5} <= observed  # a late task with 4 rollouts, and mixed ones grown from 2 to 5
     with gzip.open(folder / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     numbers: dict[str, list[int]] = {}
