@@ -67,19 +67,24 @@ def make_requests(
     return requests
 
 
-def group_by_task(
-    groups: Sequence[Group], rollouts: Sequence[Rollout], scores: Sequence[Score]
-) -> list[Group]:
-    """`groups` with new rollouts and their scores added, in order of first appearance."""
+def group_by_task(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[Group]:
+    """Rollouts of the same task, with their scores, in order of first appearance."""
     members: dict[str, list[tuple[Rollout, Score]]] = defaultdict(list)
-    for group in groups:
-        members[group.task] += zip(group.rollouts, group.scores, strict=True)
     for rollout, score in zip(rollouts, scores, strict=True):
         members[rollout.task].append((rollout, score))
     return [
         Group(task, tuple(r for r, _ in pairs), tuple(s for _, s in pairs))
         for task, pairs in members.items()
     ]
+
+
+def join_groups(groups: Sequence[Group], more: Sequence[Group]) -> list[Group]:
+    """`groups` with a later round's rollouts of the same tasks added; new tasks come last."""
+    joined = {group.task: group for group in groups}
+    for new in more:
+        old = joined.get(new.task, Group(new.task, (), ()))
+        joined[new.task] = Group(new.task, old.rollouts + new.rollouts, old.scores + new.scores)
+    return list(joined.values())
 
 
 def make_updates(

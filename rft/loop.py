@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rft import measures
-from rft.batch import Group, Transform, group_by_task, make_requests, make_updates
+from rft.batch import Group, Transform, group_by_task, join_groups, make_requests, make_updates
 from rft.checkpoint import Checkpoints
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers, prove
 from rft.config.schema import Config
 from rft.learner.advantages import Advantage
 from rft.learner.schedule import learning_rate
-from rft.records import Outcome, Request, Rollout, Sampling, Score
+from rft.records import Feedback, Outcome, Request, Rollout, Sampling, Score
 from rft.seeding import derive
 from rft.tasks.pool import TaskPool
 from rft.tracking.tracker import Tracker
@@ -152,11 +152,15 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
         with clock("generate"):
             rollouts = run.engines.generate(make_requests(config, run.pool, plan, groups))
         with clock("score"):
-            groups = group_by_task(groups, rollouts, score(run, run.pool, rollouts))
-            outcomes = [Outcome(g.task, len(g.scores), float(g.rewards.sum())) for g in groups]
+            scored = group_by_task(rollouts, score(run, run.pool, rollouts))
+            groups = join_groups(groups, scored)
+            outcomes += [Outcome(g.task, tuple(g.rewards.tolist()), round) for g in scored]
         round += 1
     with clock("select"):
-        metrics = run.scheduler.observe(step, outcomes)
+        feedback = Feedback(step, progress.version, tuple(outcomes))
+        metrics = run.scheduler.observe(feedback)
+        if step < config.steps:
+            run.scheduler.prepare(step + 1)  # it is drawn while the learner works
     progress.tokens += sum(len(r.response_ids) for g in groups for r in g.rollouts)
     metrics |= measures.of_rollouts(groups, progress.version)
 

@@ -17,14 +17,16 @@ from filelock import FileLock, Timeout
 
 from rft.checkpoint import Checkpoints
 from rft.cluster.base import RAY_NOTE
-from rft.cluster.place import place
+from rft.cluster.place import place, pool_view
 from rft.config.compose import plain
 from rft.config.parts import build
 from rft.config.schema import Config
 from rft.config.validate import check_files
 from rft.errors import RftError
 from rft.loop import Progress, Run, Stop, train
-from rft.scheduler.scheduler import SNAPSHOT, rewind_journal
+from rft.scheduler.journal import rewind_journal
+from rft.scheduler.parts import Setup
+from rft.scheduler.scheduler import SNAPSHOT, make_parts
 from rft.state import write_atomic
 from rft.tasks.pool import TaskPool, load_pool, tokenizer_for
 from rft.tracking.files import RunFiles
@@ -77,6 +79,10 @@ def _load_and_train(config: Config, stop: Stop) -> int:
             f"tasks_per_step={config.tasks_per_step} is more than the {len(pool)} tasks of "
             f"{config.tasks.train}; lower it"
         )
+    scheduler = config.scheduler
+    setup = Setup(pool_view(pool), config.tasks_per_step, config.rollouts_per_task, config.seed)
+    # What the parts of the scheduler cannot work with shows before anything expensive starts.
+    make_parts(setup, scheduler.estimator, scheduler.selector, scheduler.planner)
     evaluation = {
         name: load(source, config.evaluation.max_tasks)
         for name, source in config.tasks.evaluation.items()

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 
 from rft.records import Finish, Task
-from rft.scheduler.planners import Constant, PlanView
-from rft.scheduler.selectors import Stateless
+from rft.scheduler.parts import Ask, Ints, Planner, PlanView, Selector, SelectView, Setup
+from rft.scheduler.planners.constant import Constant
 
 
 class DigitParity:
@@ -18,14 +18,15 @@ class DigitParity:
         return float(sum(c.isdigit() for c in text) % 2)
 
 
-class FirstTasks(Stateless):
+class FirstTasks(Selector):
     """A selector of one's own: always the first tasks that are left."""
 
-    def __init__(self, *, skip: int = 0) -> None:
+    def __init__(self, setup: Setup, *, skip: int = 0) -> None:
+        super().__init__(setup)
         self._skip = skip
 
-    def select(self, estimator, k, exclude, rng):  # type: ignore[no-untyped-def]
-        return np.flatnonzero(~exclude)[self._skip : self._skip + k]
+    def select(self, view: SelectView, k: int) -> Ints:
+        return np.flatnonzero(~view.exclude)[self._skip : self._skip + k]
 
 
 class TooGenerous:
@@ -38,24 +39,25 @@ class TooGenerous:
 class DiesOnce(Constant):
     """A planner that takes its process with it, once, after step 3 was observed."""
 
-    def __init__(self, *, died: str) -> None:
+    def __init__(self, setup: Setup, *, died: str) -> None:
+        super().__init__(setup)
         self._died = Path(died)
 
-    def next_requests(self, view: PlanView) -> list[tuple[int, int]]:
+    def next_requests(self, view: PlanView) -> list[Ask]:
         if view.step == 4 and not self._died.exists():
             self._died.touch()
             os.kill(os.getpid(), signal.SIGKILL)
         return super().next_requests(view)
 
 
-class TwoRounds(Constant):
+class TwoRounds(Planner):
     """Two rollouts of each task first; then more of those whose rewards were mixed, and one new
     task: groups of different sizes."""
 
-    def next_requests(self, view: PlanView) -> list[tuple[int, int]]:
+    def next_requests(self, view: PlanView) -> list[Ask]:
         if view.round == 0:
             return [(int(task), 2) for task in view.draw(view.tasks_per_step)]
         if view.round == 1:
-            mixed = [(task, 3) for task, o in view.outcomes.items() if 0 < o.total < o.n]
+            mixed = [(task, 3) for task, tally in view.tallies.items() if tally.mixed]
             return [*mixed, (int(view.draw(1)[0]), 4)]
         return []

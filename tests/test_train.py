@@ -145,9 +145,9 @@ def test_a_selector_from_outside_the_package(tiny_model: Path, tmp_path: Path) -
     extra = ["scheduler/selector=first", "steps=1", "--config-dir", str(tmp_path / "conf")]
     check(train(*overrides(tiny_model, tmp_path, "run", *extra)))
     journal = (tmp_path / "run" / "scheduler" / "journal.jsonl").read_text().splitlines()
-    plan = json.loads(journal[0])
+    plan = json.loads(journal[1])  # the first line names the pool
     pool = [json.loads(line)["id"] for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
-    assert [task for task, _ in plan["requests"]] == pool[3:7]
+    assert [task for _, task, *_ in plan["tasks"]] == pool[3:7]
 
 
 def test_groups_may_differ_in_size_and_grow_over_rounds(tiny_model: Path, tmp_path: Path) -> None:
@@ -155,8 +155,9 @@ def test_groups_may_differ_in_size_and_grow_over_rounds(tiny_model: Path, tmp_pa
     check(train(*overrides(tiny_model, tmp_path, "run", *extra)))
     folder = tmp_path / "run"
     journal = [json.loads(s) for s in (folder / "scheduler/journal.jsonl").read_text().splitlines()]
-    observed = {n for line in journal if line["event"] == "observe" for _, n, _ in line["outcomes"]}
-    assert {4, 5} <= observed  # a late task with 4 rollouts, and mixed ones grown from 2 to 5
+    rounds = [o for line in journal if line["event"] == "feedback" for o in line["outcomes"]]
+    observed = {(round, len(rewards)) for _, round, rewards in rounds}
+    assert observed == {(0, 2), (1, 3), (1, 4)}  # mixed ones grow from 2 to 5, a late one has 4
     with gzip.open(folder / "rollouts" / "step_000001.jsonl.gz", "rt") as file:
         rows = [json.loads(line) for line in file]
     numbers: dict[str, list[int]] = {}

@@ -16,7 +16,7 @@ from rft.cluster.base import Cluster, Handle
 from rft.errors import PartDied, RftError
 from rft.learner.packing import assign
 from rft.learner.worker import Update
-from rft.records import Outcome, Plan, Receipt, Request, Rollout, Score, Totals
+from rft.records import Feedback, Outcome, Plan, Receipt, Request, Rollout, Score, Totals
 from rft.records import Sequence as TrainSequence
 from rft.rewards.pool import Item
 
@@ -136,42 +136,54 @@ class Learner:
 
 
 class SchedulerClient:
-    """The scheduler's worker. If it is killed it is started again from its folder: planning is
-    repeatable and an observation that was journaled is not counted twice, so calls are repeated."""
+    """The scheduler's worker. If it is killed it is started again from its folder: a plan is drawn
+    once and feedback that was journaled is not counted twice, so calls are repeated."""
 
-    RESTARTS = 3
+    ATTEMPTS = 4
+    """Of one call, before its failure is the run's. A scheduler that dies now and then is started
+    again as often as it takes."""
     DEADLINE = 120.0
 
     def __init__(self, cluster: Cluster, spawn: Callable[[], Handle]) -> None:
         self._cluster, self._spawn = cluster, spawn
         self._handle = spawn()
-        self._restarts = 0
+        self._prepared: tuple[int, Any] | None = None
 
     def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
-        plan: Plan = self._call("plan", step, round, list(so_far))
+        """The next round of a step's plan; the first one may have been prepared."""
+        prepared, self._prepared = self._prepared, None
+        first = prepared[1] if prepared is not None and prepared[0] == step and round == 0 else None
+        plan: Plan = self._call("plan", step, round, list(so_far), started=first)
         return plan
 
-    def observe(self, step: int, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        metrics: dict[str, float] = self._call("observe", step, list(outcomes))
+    def prepare(self, step: int) -> None:
+        """Have the first round of `step` drawn, without waiting for it."""
+        self._prepared = step, self._handle.call("plan", step, 0, [])
+
+    def observe(self, feedback: Feedback) -> dict[str, float]:
+        """Settle a plan; metrics of it."""
+        metrics: dict[str, float] = self._call("observe", feedback)
         return metrics
 
     def snapshot(self) -> Path:
+        """Have the state written; where to."""
         path: Path = self._call("snapshot")
         return path
 
-    def _call(self, method: str, *args: Any) -> Any:
-        while True:
+    def _call(self, method: str, *args: Any, started: Any = None) -> Any:
+        for attempt in range(self.ATTEMPTS):
+            pending = started if started is not None else self._handle.call(method, *args)
+            started = None
             try:
-                pending = [self._handle.call(method, *args)]
                 return self._cluster.gather(
-                    pending, what=f"the scheduler's {method}", deadline=self.DEADLINE
+                    [pending], what=f"the scheduler's {method}", deadline=self.DEADLINE
                 )[0]
             except PartDied:
-                if self._restarts == self.RESTARTS:
+                if attempt == self.ATTEMPTS - 1:
                     raise
-                self._restarts += 1
                 self._cluster.kill(self._handle)  # a hung one must not write the journal too
                 self._handle = self._spawn()
+        raise AssertionError("unreachable")
 
 
 class Verifiers:

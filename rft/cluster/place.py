@@ -8,12 +8,14 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
+
 from rft.cluster.base import Cluster, Handle, InlineCluster
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers
 from rft.config.schema import Config
 from rft.config.validate import resolve_device
 from rft.learner.worker import LearnerSettings
-from rft.scheduler.scheduler import PoolView
+from rft.scheduler.parts import PoolView
 from rft.seeding import derive
 from rft.tasks.pool import TaskPool
 
@@ -93,7 +95,7 @@ def _start(
         return cluster.spawn(
             "the scheduler",
             "rft.scheduler.scheduler.Scheduler",
-            pool=PoolView(tuple(pool.ids), pool.weak, pool.strong),
+            pool=pool_view(pool),
             estimator=config.scheduler.estimator,
             selector=config.scheduler.selector,
             planner=config.scheduler.planner,
@@ -118,6 +120,14 @@ def _start(
     )
     learner.start(config.learner.port, resume)
     return parts
+
+
+def pool_view(pool: TaskPool) -> PoolView:
+    """What the scheduler gets to know of the pool."""
+    names = sorted({task.domain for task in pool})
+    codes = {name: code for code, name in enumerate(names)}
+    domains = np.array([codes[task.domain] for task in pool], dtype=np.int16)
+    return PoolView(tuple(pool.ids), pool.weak, pool.strong, domains, tuple(names))
 
 
 def gpus_of(config: Config) -> tuple[list[int | None], list[int | None]]:

@@ -37,6 +37,8 @@ def check(where: str, part: dict[str, Any]) -> None:
         if key not in keywords:
             hint = nearest(key, [*keywords])
             raise RftError(f"{where}.{key}: {target} has no key {key!r}; {hint}")
+        if isinstance(value, dict) and "_target_" in value:
+            check(f"{where}.{key}", value)
         choices = keywords[key]
         if choices and value not in choices:
             hint = nearest(str(value), choices)
@@ -56,11 +58,8 @@ def _keywords(where: str, target: str) -> dict[str, tuple[str, ...]] | None:
         raise RftError(
             f"{where}._target_: there is no module {module!r}; install it or fix the path"
         )
-    definitions = {
-        node.name: node
-        for node in ast.parse(Path(spec.origin).read_text("utf-8")).body
-        if isinstance(node, (ast.ClassDef, ast.FunctionDef))
-    }
+    body = ast.parse(Path(spec.origin).read_text("utf-8")).body
+    definitions = {n.name: n for n in body if isinstance(n, (ast.ClassDef, ast.FunctionDef))}
     if name not in definitions:
         raise RftError(
             f"{where}._target_: {module} has no {name!r}; {nearest(name, [*definitions])}"
@@ -69,8 +68,7 @@ def _keywords(where: str, target: str) -> dict[str, tuple[str, ...]] | None:
     if isinstance(node, ast.ClassDef):
         init = [n for n in node.body if isinstance(n, ast.FunctionDef) and n.name == "__init__"]
         if not init:
-            # Without its own __init__ a class takes no keys, unless a base outside this file does.
-            return {} if all(_local(base, definitions) for base in node.bases) else None
+            return _inherited(where, node, module, body)
         node = init[0]
     arguments = node.args
     if arguments.kwarg is not None:
@@ -79,13 +77,23 @@ def _keywords(where: str, target: str) -> dict[str, tuple[str, ...]] | None:
     return {a.arg: _choices(a.annotation) for a in named}
 
 
+def _inherited(
+    where: str, node: ast.ClassDef, module: str, body: list[ast.stmt]
+) -> dict[str, tuple[str, ...]] | None:
+    """Keys of a class without its own `__init__`: those of its base, here or imported."""
+    homes = {n.name: f"{module}.{n.name}" for n in body if isinstance(n, ast.ClassDef)}
+    for statement in body:
+        if isinstance(statement, ast.ImportFrom) and statement.level == 0:
+            homes |= {a.asname or a.name: f"{statement.module}.{a.name}" for a in statement.names}
+    for base in node.bases:
+        home = homes.get(base.id) if isinstance(base, ast.Name) else None
+        return None if home is None else _keywords(where, home)
+    return {}
+
+
 def _choices(annotation: ast.expr | None) -> tuple[str, ...]:
     """The strings of a `Literal[...]` annotation."""
     if not (isinstance(annotation, ast.Subscript) and ast.unparse(annotation.value) == "Literal"):
         return ()
     values = [n.value for n in ast.walk(annotation.slice) if isinstance(n, ast.Constant)]
     return tuple(value for value in values if isinstance(value, str))
-
-
-def _local(base: ast.expr, definitions: dict[str, Any]) -> bool:
-    return isinstance(base, ast.Name) and base.id in definitions and not definitions[base.id].bases

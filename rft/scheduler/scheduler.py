@@ -1,17 +1,16 @@
 """The scheduler: owns the belief about every task, plans each step, and journals what it did.
 
-Its folder holds `snapshot.safetensors` (the state after some step) and `journal.jsonl` (a line
-per plan and per observation). Opening the folder loads the snapshot and replays the observations
-after it, so a killed scheduler comes back with nothing lost and nothing counted twice.
+Its folder holds `snapshot.safetensors` (the state after some plan was settled) and
+`journal.jsonl`. Opening the folder loads the snapshot and replays what was settled after it, so a
+killed scheduler comes back with nothing lost and nothing counted twice.
 """
 
 from __future__ import annotations
 
 import hashlib
-import json
-import os
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -19,28 +18,51 @@ import numpy as np
 
 from rft.config.parts import build
 from rft.errors import RftError
-from rft.records import Outcome, Plan
-from rft.scheduler.estimators import Estimator, Floats, Ints
-from rft.scheduler.planners import Planner, PlanView
-from rft.scheduler.selectors import Selector
+from rft.records import Feedback, Outcome, Plan
+from rft.scheduler.journal import JOURNAL, Journal, digits, read_journal
+from rft.scheduler.parts import (
+    Ask,
+    Estimator,
+    Floats,
+    Ints,
+    Metrics,
+    Planner,
+    PlanView,
+    PoolView,
+    Report,
+    Selector,
+    SelectView,
+    Setup,
+    Tally,
+)
+from rft.scheduler.telemetry import Visits, step_metrics
 from rft.seeding import derive
 from rft.state import load_state, save_state
 
-SNAPSHOT, JOURNAL = "snapshot.safetensors", "journal.jsonl"
+SNAPSHOT = "snapshot.safetensors"
+FORMAT = 2
+"""Of snapshot and journal."""
 
 
-@dataclass(frozen=True, slots=True)
-class PoolView:
-    """The part of a pool that scheduling needs: ids and reference pass rates [N]; NaN unknown."""
+@dataclass
+class OpenPlan:
+    """A plan that waits for its feedback: what was asked in each round and what came back."""
 
-    ids: tuple[str, ...]
-    weak: Floats
-    strong: Floats
+    rounds: list[tuple[Ask, ...]] = field(default_factory=list)
+    parts: dict[int, Feedback] = field(default_factory=dict)
+    drawn: int = 0
+
+    def tasks(self) -> list[int]:
+        """Every task asked for, in the order of the first time."""
+        return list(dict.fromkeys(task for asks in self.rounds for task, _ in asks))
 
 
 class Scheduler:
-    """Plans steps and learns from their outcomes. Planning changes nothing: asked twice, it
-    answers the same, as every draw derives from (seed, step, round)."""
+    """Plans steps and learns from what came back of them.
+
+    A plan is drawn once: asked again it is what the journal says. Every draw derives from (seed,
+    step, round) and the state, so that one drawn after a crash is the same.
+    """
 
     def __init__(
         self,
@@ -54,76 +76,207 @@ class Scheduler:
         seed: int,
         folder: Path,
     ) -> None:
-        self._pool = pool
-        self._index = {task: i for i, task in enumerate(pool.ids)}
-        self._estimator: Estimator = build(estimator, pool.weak, pool.strong, rollouts_per_task)
-        self._selector: Selector = build(selector)
-        self._planner: Planner = build(planner)
-        self._tasks_per_step, self._rollouts_per_task = tasks_per_step, rollouts_per_task
-        self._seed = seed
-        self._pool_digest = hashlib.blake2b("\x1f".join(pool.ids).encode()).hexdigest()
-        self._visits = np.zeros(len(pool.ids), dtype=np.int64)
-        self._observed = 0
-        self._metrics: dict[str, float] = {}
-        self._journaled: set[tuple[int, int]] = set()
+        self._setup = setup = Setup(pool, tasks_per_step, rollouts_per_task, seed)
+        self._estimator, self._selector, self._planner = make_parts(
+            setup, estimator, selector, planner
+        )
+        self._pool_digest = digest(pool)
+        self._visits = Visits(len(pool))
+        self._open: dict[int, OpenPlan] = {}
+        self._settled: set[int] = set()
+        """Steps that are settled, beyond `_all_settled`; up to that one all are."""
+        self._all_settled = 0
+        self._drawn = 0  # how far the settled plans walked the epochs
+        self._last: tuple[int, Metrics] = (0, {})
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
-        self._restore()
-        cut_torn_line(folder / JOURNAL)
-        self._journal = open(folder / JOURNAL, "a", encoding="utf-8")  # noqa: SIM115
+        started = self._restore()
+        self._journal = Journal(folder)
+        if not started:
+            self._journal.write(
+                "pool", format=FORMAT, tasks=len(pool), digest=self._pool_digest, seed=seed
+            )
+
+    # ---- planning
 
     def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
-        """What to generate next in `step`, given what its earlier rounds brought."""
-        outcomes = {self._index[outcome.task]: outcome for outcome in so_far}
-        rng = np.random.default_rng(derive(self._seed, "select", step, round))
-        exclude = np.zeros(len(self._pool.ids), dtype=bool)
-        exclude[list(outcomes)] = True
+        """What to generate next in `step`, given what its earlier rounds brought.
+
+        Tasks of other plans that are still open are not chosen. Raises `RftError` for a step that
+        is settled, and for a round out of order.
+        """
+        if self._is_settled(step):
+            raise RftError(
+                f"step {step} was settled and is planned again; resume from a checkpoint"
+            )
+        plan = self._open.get(step, OpenPlan(drawn=self._position()))
+        if round < len(plan.rounds):
+            return self._as_plan(step, round, plan.rounds[round])
+        if round > len(plan.rounds):
+            raise RftError(
+                f"round {round} of step {step} is planned after {len(plan.rounds)} rounds; rounds "
+                "are planned in order, from 0"
+            )
+        return self._draw(step, plan, so_far)
+
+    def _draw(self, step: int, plan: OpenPlan, so_far: Sequence[Outcome]) -> Plan:
+        setup, round = self._setup, len(plan.rounds)
+        rng = np.random.default_rng(derive(setup.seed, "select", step, round))
+        exclude = np.zeros(len(setup.pool), dtype=bool)
+        for other in [*self._open.values(), plan]:
+            exclude[other.tasks()] = True
+        draws: dict[int, float] = {}
+        position = plan.drawn
 
         def draw(k: int) -> Ints:
-            free = len(exclude) - int(exclude.sum())
-            chosen = self._selector.select(self._estimator, min(k, free), exclude, rng)
+            nonlocal position
+            view = SelectView(
+                step, self._estimator, exclude, self._visits.counts, rng, drawn=position
+            )
+            chosen = self._selector.select(view, min(k, view.free()))
+            position = view.drawn
+            if view.draws is not None:
+                draws.update(zip(chosen.tolist(), view.draws.tolist(), strict=True))
             exclude[chosen] = True
             return chosen
 
-        view = PlanView(step, round, self._tasks_per_step, self._rollouts_per_task, outcomes, draw)
-        wanted = self._planner.next_requests(view)
-        plan = Plan(step, round, tuple((self._pool.ids[i], n) for i, n in wanted))
-        if wanted and (step, round) not in self._journaled:
-            self._journaled.add((step, round))
-            mean, evidence = self._estimator.predict(np.array([i for i, _ in wanted]))
-            why = [[round_to(m), round_to(e)] for m, e in zip(mean, evidence, strict=True)]
-            self._write("plan", step=step, round=round, requests=plan.requests, belief=why)
-        return plan
+        view = PlanView(
+            step,
+            round,
+            setup.tasks_per_step,
+            setup.rollouts_per_task,
+            tuple(plan.rounds),
+            tallies(self._indices(step, plan), so_far),
+            draw,
+            self._estimator.predict,
+        )
+        asks = tuple((int(task), int(n)) for task, n in self._planner.next_requests(view) if n > 0)
+        if asks:
+            self._open[step] = plan
+            plan.rounds.append(asks)
+            plan.drawn = position
+            self._write_plan(step, round, plan, draws)
+        return self._as_plan(step, round, asks)
 
-    def observe(self, step: int, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        """Learn from a step's outcomes; returns selection and estimate metrics.
+    def _write_plan(self, step: int, round: int, plan: OpenPlan, draws: dict[int, float]) -> None:
+        asks = plan.rounds[round]
+        means, evidences = self._estimator.predict(np.array([task for task, _ in asks]))
+        rows = [
+            [task, self._setup.pool.ids[task], n, digits(mean), digits(evidence)]
+            + ([digits(draws[task])] if task in draws else [])
+            for (task, n), mean, evidence in zip(asks, means, evidences, strict=True)
+        ]
+        self._journal.write("plan", step=step, round=round, drawn=plan.drawn, tasks=rows)
 
-        A step that was observed already changes nothing and returns the same metrics, so a caller
-        may repeat the call after a crash. Raises `RftError` for a reward outside [0, 1] or a step
-        out of order.
+    def _as_plan(self, step: int, round: int, asks: tuple[Ask, ...]) -> Plan:
+        return Plan(step, round, tuple((str(self._setup.pool.ids[task]), n) for task, n in asks))
+
+    def _position(self) -> int:
+        """How far the epochs were walked by all plans, the open ones included."""
+        return max([self._drawn, *(plan.drawn for plan in self._open.values())])
+
+    def _indices(self, step: int, plan: OpenPlan) -> dict[str, int]:
+        """Task ids of a plan to indices; the pool at large needs no such table."""
+        return {str(self._setup.pool.ids[task]): task for task in plan.tasks()}
+
+    # ---- learning
+
+    def observe(self, feedback: Feedback) -> Metrics:
+        """Take feedback; when its plan is complete, learn and return selection and estimate
+        metrics. Until then, and for a plan that asked for nothing, there are none.
+
+        A part that is there already changes nothing and answers the same, so a caller may repeat
+        its call after a crash. Raises `RftError`, changing nothing, for a step that was not
+        planned, more feedback of a step that is settled, a task that is not in the plan, more
+        rollouts than it asked for, or a reward outside [0, 1].
         """
-        if step <= self._observed:
-            return dict(self._metrics)
-        if step != self._observed + 1:
-            raise RftError(
-                f"outcomes of step {step} reached the scheduler after step {self._observed}; "
-                "steps are observed in order: resume from a checkpoint"
-            )
-        merged = merge(outcomes)
-        for outcome in merged:
-            if not 0.0 <= outcome.total <= outcome.n:
+        step = feedback.step
+        if self._is_settled(step):
+            return self._repeated(feedback)
+        plan = self._open.get(step)
+        if plan is None and not feedback.outcomes:
+            plan = OpenPlan()  # it asked for nothing: there is nothing to learn
+        if plan is None:
+            raise RftError(f"there is feedback of step {step}, which was not planned")
+        if feedback.part in plan.parts:
+            return {}
+        self._check(plan, feedback)
+        plan.parts[feedback.part] = feedback
+        metrics = self._settle(step, plan) if feedback.last else {}
+        self._journal.write(
+            "feedback",
+            step=step,
+            part=feedback.part,
+            last=feedback.last,
+            version=feedback.version,
+            outcomes=[
+                [o.task, o.round, [compact(r) for r in o.rewards]] for o in feedback.outcomes
+            ],
+            **({"metrics": metrics} if feedback.last else {}),
+        )
+        return dict(metrics)  # a copy: inline, the caller would be adding to ours
+
+    def _repeated(self, feedback: Feedback) -> Metrics:
+        if feedback.step == self._last[0]:
+            return dict(self._last[1])
+        return {}
+
+    def _check(self, plan: OpenPlan, feedback: Feedback) -> None:
+        indices = self._indices(feedback.step, plan)
+        asked: dict[int, int] = {}
+        for asks in plan.rounds:
+            for task, n in asks:
+                asked[task] = asked.get(task, 0) + n
+        got: dict[int, int] = {}
+        parts = [*plan.parts.values(), feedback]
+        for outcome in (o for part in parts for o in part.outcomes):
+            task = indices.get(outcome.task, -1)
+            if task < 0:
                 raise RftError(
-                    f"task {outcome.task!r} has total reward {outcome.total} over {outcome.n} "
-                    "rollouts; rewards must lie in [0, 1]: mend the verifier"
+                    f"there is feedback of task {outcome.task!r}, which is not in the plan of step "
+                    f"{feedback.step}"
                 )
-        self._metrics = self._learn(merged)
-        self._observed = step
-        rows = [[o.task, o.n, o.total] for o in merged]
-        self._write("observe", step=step, outcomes=rows, metrics=self._metrics)
-        return dict(self._metrics)  # a copy: inline, the caller would be adding to ours
+            got[task] = got.get(task, 0) + outcome.n
+            if got[task] > asked[task]:
+                raise RftError(
+                    f"task {outcome.task!r} has {got[task]} rollouts in step {feedback.step}, of "
+                    f"{asked[task]} that were asked for: something was counted twice"
+                )
+            for reward in outcome.rewards:
+                if not 0.0 <= reward <= 1.0:
+                    raise RftError(
+                        f"task {outcome.task!r} has the reward {reward}; rewards must lie in "
+                        "[0, 1]: mend the verifier"
+                    )
+
+    def _settle(self, step: int, plan: OpenPlan) -> Metrics:
+        """Learn from a plan whose feedback is complete."""
+        report = make_report(step, plan, self._indices(step, plan))
+        metrics: Metrics = {}
+        if len(report.tasks):
+            predicted, _ = self._estimator.predict(report.tasks)
+            metrics = step_metrics(self._setup.pool, report, predicted)
+        for part in (self._estimator, self._selector, self._planner):
+            metrics |= part.observe(report)
+        if len(report.tasks):
+            self._visits.add(report.tasks)
+            metrics |= self._visits.metrics()
+        self._open.pop(step, None)
+        self._settled.add(step)
+        while self._all_settled + 1 in self._settled:
+            self._all_settled += 1
+            self._settled.remove(self._all_settled)
+        self._drawn = max(self._drawn, plan.drawn)
+        self._last = (step, metrics)
+        return metrics
+
+    def _is_settled(self, step: int) -> bool:
+        return step <= self._all_settled or step in self._settled
+
+    # ---- surviving
 
     def snapshot(self) -> Path:
-        """Write the state after the last observed step into the folder; returns the file."""
+        """Write the state after the last settled plan into the folder; returns the file."""
         path = self._folder / SNAPSHOT
         save_state(path, self._state())
         return path
@@ -132,112 +285,131 @@ class Scheduler:
         """Close the journal."""
         self._journal.close()
 
-    def _learn(self, outcomes: Sequence[Outcome]) -> dict[str, float]:
-        if not outcomes:
-            return {}
-        tasks = np.array([self._index[o.task] for o in outcomes])
-        n = np.array([o.n for o in outcomes], dtype=np.float64)
-        total = np.array([o.total for o in outcomes], dtype=np.float64)
-        rate = total / n
-        predicted, _ = self._estimator.predict(tasks)
-        metrics = self._estimator.update(tasks, n, total)
-        self._visits[tasks] += 1
-        share = self._visits[self._visits > 0] / self._visits.sum()
-        return metrics | {
-            "selection/effective_task_ratio": float(((rate > 0) & (rate < 1)).mean()),
-            "selection/coverage": float((self._visits > 0).mean()),
-            "selection/entropy": float(
-                -(share * np.log(share)).sum() / np.log(max(2, len(self._visits)))
-            ),
-            "estimate/brier": float(((predicted - rate) ** 2).mean()),
-            "estimate/spearman": spearman(predicted, rate),
-        }
-
     def _state(self) -> dict[str, Any]:
         return {
-            "observed": self._observed,
+            "format": FORMAT,
+            "tasks": len(self._setup.pool),
             "pool": self._pool_digest,
-            "metrics": [[name, value] for name, value in self._metrics.items()],
-            "visits": self._visits,
+            "all_settled": self._all_settled,
+            "settled": sorted(self._settled),
+            "drawn": self._drawn,
+            "last_step": self._last[0],
+            "last_metrics": [[name, value] for name, value in self._last[1].items()],
+            "visits": self._visits.state(),
             "estimator": self._estimator.state(),
             "selector": self._selector.state(),
             "planner": self._planner.state(),
         }
 
-    def _restore(self) -> None:
+    def _restore(self) -> bool:
+        """Load the snapshot and replay the journal; whether there was a journal."""
         if (self._folder / SNAPSHOT).exists():
-            state = load_state(self._folder / SNAPSHOT)
-            self._observed, self._visits = state["observed"], state["visits"]
-            self._metrics = dict(state["metrics"])
-            if len(self._visits) != len(self._pool.ids):
-                raise RftError(
-                    f"the scheduler's snapshot knows {len(self._visits)} tasks, the pool has "
-                    f"{len(self._pool.ids)}: restore the pool or start a run of another name"
-                )
-            if state["pool"] != self._pool_digest:
-                raise RftError(
-                    "the scheduler's snapshot is of a pool with other tasks, or in another order: "
-                    "restore the pool or start a run of another name"
-                )
-            self._estimator.load(state.get("estimator", {}))
-            self._selector.load(state.get("selector", {}))
-            self._planner.load(state.get("planner", {}))
-        for line in read_journal(self._folder / JOURNAL):
-            if line["event"] == "plan":
-                self._journaled.add((line["step"], line["round"]))
-            elif line["step"] > self._observed:
-                self._learn([Outcome(task, n, total) for task, n, total in line["outcomes"]])
-                self._observed, self._metrics = line["step"], line["metrics"]
+            self._load(load_state(self._folder / SNAPSHOT))
+        lines = read_journal(self._folder / JOURNAL)
+        for line in lines:
+            if line["event"] == "pool":
+                self._same_pool("journal", line["format"], line["tasks"], line["digest"])
+            elif not self._is_settled(line["step"]):
+                self._replay(line)
+        return bool(lines)
 
-    def _write(self, event: str, **fields: Any) -> None:
-        # Flushed, not fsynced: this survives a kill of the process, and a crash of the machine
-        # falls back to the checkpoint's snapshot, which is fsynced.
-        self._journal.write(json.dumps({"event": event, **fields}) + "\n")
-        self._journal.flush()
+    def _load(self, state: dict[str, Any]) -> None:
+        self._same_pool("snapshot", state.get("format"), state["tasks"], state["pool"])
+        self._all_settled, self._settled = state["all_settled"], set(state["settled"])
+        self._drawn = state["drawn"]
+        self._last = (state["last_step"], dict(state["last_metrics"]))
+        self._visits.load(state["visits"])
+        self._estimator.load(state.get("estimator", {}))
+        self._selector.load(state.get("selector", {}))
+        self._planner.load(state.get("planner", {}))
 
+    def _replay(self, line: dict[str, Any]) -> None:
+        plan = self._open.setdefault(line["step"], OpenPlan())
+        if line["event"] == "plan":
+            plan.rounds.append(tuple((row[0], row[2]) for row in line["tasks"]))
+            plan.drawn = line["drawn"]
+            return
+        outcomes = tuple(
+            Outcome(task, tuple(float(r) for r in rewards), round)
+            for task, round, rewards in line["outcomes"]
+        )
+        step, part = line["step"], line["part"]
+        plan.parts[part] = Feedback(step, line["version"], outcomes, part, line["last"])
+        if line["last"]:
+            self._settle(step, plan)
 
-def merge(outcomes: Sequence[Outcome]) -> list[Outcome]:
-    """One outcome a task: repeated tasks add up instead of overwriting one another; a task of
-    which nothing came back says nothing."""
-    merged: dict[str, Outcome] = {}
-    for o in outcomes:
-        old = merged.get(o.task, Outcome(o.task, 0, 0.0))
-        merged[o.task] = Outcome(o.task, old.n + o.n, old.total + o.total)
-    return [o for o in merged.values() if o.n > 0]
-
-
-def rewind_journal(folder: Path, step: int) -> None:
-    """Forget what happened after `step`, a torn last line included: the run resumes from there."""
-    lines = [line for line in read_journal(folder / JOURNAL) if line["step"] <= step]
-    temporary = folder / f".{JOURNAL}.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
-    temporary.replace(folder / JOURNAL)
-
-
-def cut_torn_line(path: Path) -> None:
-    """Remove what a kill left of a last line, or the next one would be written onto it."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
+    def _same_pool(self, what: str, format: Any, tasks: int, pool: str) -> None:
+        mend = "restore it or start a run of another name"
+        if format != FORMAT:
+            raise RftError(
+                f"the scheduler's {what} has format {format}, this version reads {FORMAT}; {mend}"
+            )
+        if tasks != len(self._setup.pool):
+            raise RftError(
+                f"the scheduler's {what} knows {tasks} tasks, the pool has "
+                f"{len(self._setup.pool)}; {mend}"
+            )
+        if pool != self._pool_digest:
+            raise RftError(
+                f"the scheduler's {what} is of a pool with other tasks, in another order, or with "
+                f"other pass rates; {mend}"
+            )
 
 
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; a last line without its newline was torn by a kill."""
-    if not path.exists():
-        return []
-    return [
-        json.loads(line) for line in path.read_text("utf-8").splitlines(True) if line[-1] == "\n"
-    ]
+def make_parts(
+    setup: Setup, estimator: dict[str, Any], selector: dict[str, Any], planner: dict[str, Any]
+) -> tuple[Estimator, Selector, Planner]:
+    """The three parts. Raises `RftError` for keys that cannot work, or not with this pool."""
+    return build(estimator, setup), build(selector, setup), build(planner, setup)
 
 
-def round_to(value: float) -> float:
-    """Six digits are enough to audit a choice."""
-    return float(f"{value:.6g}")
+def tallies(indices: dict[str, int], outcomes: Sequence[Outcome]) -> dict[int, Tally]:
+    """Each task's rewards, by index, its rounds in order; a task without any is missing."""
+    rewards: dict[int, list[float]] = {}
+    first: dict[int, tuple[int, int]] = {}  # first round, and how many rewards are of it
+    for o in sorted(outcomes, key=lambda o: o.round):
+        if o.n == 0:
+            continue
+        task = indices[o.task]
+        rewards.setdefault(task, []).extend(o.rewards)
+        round, n = first.get(task, (o.round, 0))
+        first[task] = (round, n + o.n if o.round == round else n)
+    return {task: Tally(tuple(r), first[task][1]) for task, r in rewards.items()}
 
 
-def spearman(a: Floats, b: Floats) -> float:
-    """Spearman rank correlation with mean ranks for ties; 0 where either side is constant."""
-    ranks = [np.unique(x, return_inverse=True, return_counts=True)[1:] for x in (a, b)]
-    mean_ranks = [(np.cumsum(counts) - (counts - 1) / 2.0)[inverse] for inverse, counts in ranks]
-    x, y = (r - r.mean() for r in mean_ranks)
-    scale = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float((x * y).sum() / scale) if scale > 0 else 0.0
+def make_report(step: int, plan: OpenPlan, indices: dict[str, int]) -> Report:
+    """All parts of a plan's feedback as one."""
+    found = tallies(indices, [o for _, p in sorted(plan.parts.items()) for o in p.outcomes])
+    planned = plan.tasks()
+    tasks = [task for task in planned if task in found]
+
+    def column(values: list[float]) -> Floats:
+        return np.array(values, dtype=np.float64)
+
+    return Report(
+        step,
+        max(part.version for part in plan.parts.values()),
+        np.array(tasks, dtype=np.int64),
+        column([found[task].n for task in tasks]),
+        column([found[task].total for task in tasks]),
+        column([found[task].rate for task in tasks]),
+        np.array(planned, dtype=np.int64),
+        plan.drawn,
+    )
+
+
+def digest(pool: PoolView) -> str:
+    """Tells pools apart: tasks, their order, their references and domains."""
+    text = hashlib.blake2b(digest_size=16)
+    step = 1 << 16
+    for start, stop in pairwise([*range(0, len(pool), step), len(pool)]):
+        text.update("\x1f".join(map(str, pool.ids[start:stop])).encode())
+    text.update(pool.weak.tobytes() + pool.strong.tobytes())
+    if pool.domains is not None:
+        text.update(pool.domains.tobytes() + "\x1f".join(pool.domain_names).encode())
+    return text.hexdigest()
+
+
+def compact(reward: float) -> float | int:
+    """Whole rewards as integers: most are 0 or 1, and the journal is long."""
+    return int(reward) if reward == int(reward) else reward
