@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -25,11 +26,11 @@ Metrics = dict[str, float]
 
 @dataclass(frozen=True)
 class PoolView:
-    """The part of a pool that scheduling needs, in the pool's order: task ids, pass rates of the
-    weak and the strong reference model [N] (NaN is unknown), and each task's domain [N] as an
-    index into `domain_names`."""
+    """The part of a pool that scheduling needs, in the pool's order: task ids (the `str` of what
+    `ids` holds), pass rates of the weak and the strong reference model [N] (NaN is unknown), and
+    each task's domain [N] as an index into `domain_names`."""
 
-    ids: Sequence[str]
+    ids: Sequence[Any]
     weak: Floats
     strong: Floats
     domains: npt.NDArray[np.int16] | None = None
@@ -222,12 +223,12 @@ def nearest(rates: Floats, target: float, k: int, rng: np.random.Generator) -> I
     """Positions of the `k` values of `rates` [K] nearest to `target`, nearest first; equal
     distances are ordered at random, never by position."""
     distance = np.abs(rates - target)
-    if k < len(distance):
+    if 0 < k < len(distance):
         edge = np.partition(distance, k - 1)[k - 1]
         inside, at_edge = np.flatnonzero(distance < edge), np.flatnonzero(distance == edge)
         chosen = np.concatenate([inside, rng.choice(at_edge, k - len(inside), replace=False)])
     else:
-        chosen = np.arange(len(distance))
+        chosen = np.arange(min(k, len(distance)))
     return chosen[np.lexsort((rng.random(len(chosen)), distance[chosen]))]
 
 

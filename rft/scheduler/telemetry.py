@@ -60,11 +60,12 @@ def step_metrics(pool: PoolView, report: Report, predicted: Floats) -> Metrics:
     """Effective task ratio, and how good the belief before the step was: `predicted` [K] against
     the observed rates.
 
-    The ROC-AUC asks whether effective tasks (0 < rate < 1) were told from others by
+    A task is effective if its group, all rounds of it, is neither all right nor all wrong. The
+    ROC-AUC asks whether effective tasks were told from others by
     predicted (1 - predicted). Beside it stands that of a predictor which never learns, the mean of
     the task's two reference pass rates: an AUC that does not beat it owes nothing to learning.
     """
-    effective = (report.rate > 0) & (report.rate < 1)
+    effective = (report.total > 0) & (report.total < report.n)
     metrics = {"selection/effective_task_ratio": float(effective.mean())}
     known = np.isfinite(predicted)
     if known.any():
