@@ -36,6 +36,7 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from rft.config.compose import explain
+    from rft.config.simulation import SimulationConfig
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(__doc__)
@@ -45,7 +46,7 @@ def main() -> None:
     except (RftError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("RFT_TRACEBACK") == "1":
             raise
-        print(f"error: {explain(error)}", file=sys.stderr)
+        print(f"error: {explain(error, SimulationConfig)}", file=sys.stderr)
         sys.exit(2)
 
 

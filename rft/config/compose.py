@@ -38,8 +38,8 @@ def choices(group: str) -> str:
     return ", ".join(sorted(f.name[:-5] for f in folder.iterdir() if f.name.endswith(".yaml")))
 
 
-def explain(error: Exception) -> str:
-    """One line that names the thing, its value and the mend."""
+def explain(error: Exception, schema: Any = Config) -> str:
+    """One line that names the thing, its value and the mend; `schema` has the known keys."""
     if isinstance(error, RftError):
         return str(error)
     causes: list[BaseException] = [error]
@@ -55,18 +55,21 @@ def explain(error: Exception) -> str:
         key = str(unknown.group(1) or unknown.group(2))
         full = re.search(r"full_key: ([\w.]+)", text)
         key = full.group(1) if full and key in full.group(1) else key
-        return f"there is no config key {key!r}; {_hint(key)}"
+        return f"there is no config key {key!r}; {_hint(key, schema)}"
     first = next(line for line in str(error).splitlines() if line.strip())
     value = re.search(r"Value '(.*?)'.*", text)
     full = re.search(r"full_key: ([\w.]+)", text)
     if full and value:
-        return f"{full.group(1)}: {value.group(0)}; its type is documented in rft/config/schema.py"
+        return (
+            f"{full.group(1)}: {value.group(0)}; its type is documented in "
+            f"{schema.__module__.replace('.', '/')}.py"
+        )
     return first
 
 
-def _hint(key: str) -> str:
+def _hint(key: str, schema: Any) -> str:
     """The key that was meant: one of the same last name, a part's argument, or the nearest."""
-    known = keys()
+    known = keys(schema)
     parent, _, leaf = key.rpartition(".")
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
     if len(same_leaf) == 1:
