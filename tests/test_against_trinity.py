@@ -3,6 +3,7 @@ both are defined, and what becomes of either where its is not."""
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from types import SimpleNamespace
@@ -32,10 +33,14 @@ from rft.scheduler.scheduler import Scheduler
 from rft.scheduler.selectors.easy_to_hard import EasyToHard
 from rft.state import load_state, save_state
 
-REASON = 'trinity-rft is not here; pip install --no-deps "trinity-rft==0.6.0" "sqlalchemy[asyncio]"'
-selectors = pytest.importorskip(
-    "trinity.buffer.selector.selector", reason=REASON, exc_type=ImportError
-)
+REASON = "trinity-rft is not here; `make` puts it beside the environment, into peers"
+# Off the path again at once: it registers a plugin that vLLM would load.
+with pytest.MonkeyPatch.context() as path:
+    path.syspath_prepend(Path(sys.prefix) / "peers")
+    selectors = pytest.importorskip(
+        "trinity.buffer.selector.selector", reason=REASON, exc_type=ImportError
+    )
+    its_config = pytest.importorskip("trinity.common.config", reason=REASON)
 
 # Its arithmetic warns on the way to NaN.
 pytestmark = pytest.mark.filterwarnings("ignore::RuntimeWarning")
@@ -53,10 +58,8 @@ def its_source(pool: PoolView) -> SimpleNamespace:
 
 def its_selector(pool: PoolView, lamb: float = 0.1, rho: float = 0.1, **keys: Any) -> Any:
     """Its `DifficultyBasedSelector` as BOTS sets it: Thompson, the target 0.5, 16 rollouts."""
-    from trinity.common.config import DataSelectorConfig
-
     bots = {"m": 16, "lamb": lamb, "rho": rho, "do_sample": True, "target_reward": 0.5, "tau": 0}
-    config = DataSelectorConfig(
+    config = its_config.DataSelectorConfig(
         "difficulty_based", feature_keys=["weak", "strong"], kwargs=bots | keys
     )
     return selectors.DifficultyBasedSelector(its_source(pool), config)
@@ -150,10 +153,8 @@ def test_both_select_each_kind_of_task_equally_often() -> None:
 
 @pytest.mark.parametrize("key", ["weak", "strong"])
 def test_easy_to_hard_is_the_same_order_ties_included(key: Any) -> None:
-    from trinity.common.config import DataSelectorConfig
-
     pool = grid_pool(500)
-    config = DataSelectorConfig("offline_easy2hard", feature_keys=[key, key])
+    config = its_config.DataSelectorConfig("offline_easy2hard", feature_keys=[key, key])
     its = selectors.OfflineEasy2HardSelector(its_source(pool), config)
     view = select_view(beta(pool))
     ours = EasyToHard(setup(pool), key=key)

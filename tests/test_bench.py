@@ -1,4 +1,4 @@
-"""scripts/bench_step.py at a size that only shows that it runs."""
+"""The benchmarks in scripts/ at a size that only shows that they run."""
 
 import json
 import re
@@ -37,3 +37,30 @@ def test_it_times_ours_trl_and_the_limit_and_prints_both_ratios(tmp_path: Path) 
     for measured in ours:
         phases = sum(v for k, v in measured.items() if k not in ("step", "tokens", "trained"))
         assert abs(phases - measured["step"]) < 0.02 * measured["step"] + 0.01
+
+
+def test_it_times_selection_by_ours_and_by_others_and_prints_a_table(tmp_path: Path) -> None:
+    script, figure = HERE.parent / "scripts/bench_scheduler.py", tmp_path / "scaling.png"
+    sizes = ["--tasks", "2e4", "6e3", "--warmup", "2", "--rounds", "3", "--figure", str(figure)]
+    done = subprocess.run(
+        [sys.executable, str(script), *sizes], env=ENV, capture_output=True, text=True, timeout=120
+    )
+    check(done)
+    pools = re.findall(r"^== ([\d,]+) tasks, (\w+) references, 3 rounds$", done.stdout, re.M)
+    kinds = ["grid", "continuous"]
+    assert pools == [(size, kind) for size in ("20,000", "6,000") for kind in kinds]
+
+    theirs = ["numpy"] + ["trinity-rft"] * ("trinity-rft not installed" not in done.stdout)
+    names = [*theirs, "ours", "scheduler"]
+    rows = re.findall(r"^(\S+) +([\d.]+) +([\d.]+) +([\d.]+) +[\d.]+ +([\d.]+)$", done.stdout, re.M)
+    assert [name for name, *_ in rows] == names * 4
+    for name, select, update, both, size in rows:
+        assert float(select) > 0
+        assert float(update) > 0
+        assert max(float(select), float(update)) <= float(both) + 0.002
+        assert name not in ("ours", "scheduler") or float(size) <= 64, "bytes a task"
+    ratios = re.findall(r"^(\S+ / \S+) +(\d+\.\d+)$", done.stdout, re.M)
+    pairs = [f"{above} / {below}" for below in ("ours", "scheduler") for above in theirs]
+    assert [pair for pair, _ in ratios] == pairs * 4
+    assert all(float(ratio) > 0 for _, ratio in ratios)
+    assert figure.read_bytes().startswith(b"\x89PNG")

@@ -177,10 +177,23 @@ def test_sparse_equals_dense(pool: PoolView, lamb: float, rho: float) -> None:
         np.testing.assert_allclose(found, expected, rtol=1e-12, atol=0)
 
 
-def test_a_grid_of_references_makes_few_cells() -> None:
-    state = beta(grid_pool(20_000)).state()
-    assert state["cells"].shape[1] <= 289
-    assert state["visited"].size == 0
+def test_a_grid_of_references_makes_few_cells_and_a_small_state() -> None:
+    belief = beta(grid_pool(20_000))
+    assert len(belief._weak) <= 289
+    belief.observe(report(1, [3, 5], [0.0, 0.0]))  # c is far below 0: clipping, so corrections
+    assert sum(v.nbytes for v in belief.state().values() if isinstance(v, np.ndarray)) < 3000
+
+
+def test_corrections_end_when_they_are_forgotten() -> None:
+    pool = random_pool(500)
+    sparse, dense = beta(pool, forgetting=0.5), Dense(pool, 16, 0.5, 0.1, 0.9)
+    for step in range(1, 120):
+        of = report(step, [1, 2, 3], [0.0] * 3 if step < 4 else [0.6] * 3)
+        sparse.observe(of)
+        dense.observe(of)
+        np.testing.assert_allclose(parameters(sparse)[0], dense.alpha, rtol=1e-12)
+        assert (sparse.state()["correction"].size > 0) == (sparse.state()["corrected"] > 0)
+    assert sparse.state()["corrected"] == 0.0
 
 
 # ---- the clock

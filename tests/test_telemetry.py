@@ -3,13 +3,16 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
 
 import numpy as np
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
+from scheduling import play, scheduler
 from scipy import stats
 
+from rft.scheduler.journal import JOURNAL, beliefs, read_journal
 from rft.scheduler.telemetry import Visits, calibration, pearson, roc_auc, spearman
 
 values = st.lists(st.sampled_from([0.0, 0.1, 0.25, 0.5, 0.75, 1.0]), min_size=3, max_size=20)
@@ -59,10 +62,23 @@ def test_coverage_and_entropy_kept_up_to_date_are_those_of_the_counts(
 
 
 def test_the_decile_table_by_hand() -> None:
-    pairs = [(0.05, 0.0), (0.09, 0.2), (0.5, 0.25), (1.0, 1.0), (math.nan, 0.7)]
-    table = calibration(pairs)
+    table = calibration(np.array([0.05, 0.09, 0.5, 1.0]), np.array([0.0, 0.2, 0.25, 1.0]))
     assert [row[0] for row in table] == [2, 0, 0, 0, 0, 1, 0, 0, 0, 1]
     assert table[0][1:] == pytest.approx((0.07, 0.1))
     assert table[5][1:] == (0.5, 0.25)
     assert table[9][1:] == (1.0, 1.0)
     assert math.isnan(table[3][1])
+
+
+def test_the_journal_tells_belief_and_outcome(tmp_path: Path) -> None:
+    part = scheduler(tmp_path, planner={"_target_": "parts_for_tests.TwoRounds"})
+    for step in (1, 2):
+        play(part, step)
+    part.close()
+    found = beliefs(tmp_path / JOURNAL)
+    assert len(found) == 10  # 4 tasks and a late one in each step
+    assert {step for step, _, _ in found} == {1, 2}
+    assert [believed for step, believed, _ in found if step == 1] == [0.5] * 5
+    lines = [line for line in read_journal(tmp_path / JOURNAL) if line["event"] == "feedback"]
+    rates = [np.mean(rewards) for _, round, rewards in lines[0]["outcomes"] if round == 0]
+    assert [observed for _, _, observed in found[:4]] == pytest.approx(rates)

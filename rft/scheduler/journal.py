@@ -55,6 +55,30 @@ def read_journal(path: Path) -> list[dict[str, Any]]:
         return [json.loads(line) for line in file if line[-1] == "\n"]
 
 
+def beliefs(path: Path) -> list[tuple[int, float, float]]:
+    """Of every task that was trained on: (step, pass rate believed when it was chosen, pass rate
+    observed in its first round). A task of which nothing was known is left out."""
+    believed: dict[tuple[int, str], float] = {}
+    found: list[tuple[int, float, float]] = []
+    rewards: dict[tuple[int, str], list[float]] = {}
+    for line in read_journal(path):
+        if line["event"] == "plan":
+            for _, task, _, mean, *_ in line["tasks"]:
+                if mean is not None:  # a later round does not replace what the first one knew
+                    believed.setdefault((line["step"], task), mean)
+        elif line["event"] == "feedback":
+            first = {task: 0 for task, _, _ in line["outcomes"]}
+            for task, round, _ in reversed(line["outcomes"]):
+                first[task] = round
+            for task, round, values in line["outcomes"]:
+                if round == first[task]:
+                    rewards.setdefault((line["step"], task), []).extend(values)
+    for key, mean in believed.items():
+        if rewards.get(key):
+            found.append((key[0], mean, sum(rewards[key]) / len(rewards[key])))
+    return found
+
+
 def digits(value: float) -> float | None:
     """Six digits are enough to audit a choice; nothing for what is not known."""
     return float(f"{value:.6g}") if math.isfinite(value) else None

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any
 
 import numpy as np
@@ -116,13 +115,10 @@ def mean_ranks(values: Floats) -> Floats:
 
 
 def calibration(
-    pairs: Iterable[tuple[float, float]], bins: int = 10
+    predicted: Floats, observed: Floats, bins: int = 10
 ) -> list[tuple[int, float, float]]:
-    """The decile table: for each tenth of the predicted pass rates (count, mean predicted, mean
-    observed); means are NaN where the bin is empty."""
-    predicted, observed = np.array(list(pairs), dtype=np.float64).reshape(-1, 2).T
-    known = np.isfinite(predicted)
-    predicted, observed = predicted[known], observed[known]
+    """The decile table: for each tenth of the `predicted` [K] pass rates (count, mean predicted,
+    mean of `observed` [K]); means are NaN where the bin is empty."""
     bin = np.minimum((predicted * bins).astype(int), bins - 1)
     counts = np.bincount(bin, minlength=bins)
     with np.errstate(invalid="ignore"):

@@ -10,6 +10,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rft.scheduler.telemetry import calibration
 from rft.tracking.display import PHASES
 from rft.tracking.run import Array, Run
 
@@ -50,8 +51,9 @@ def draw(run: Run, panels: list[str], theme: str, columns: int = 1) -> bytes:
             if len(panels) > 1:
                 axes.set_title(name)
             PANELS[name](axes, run)
-            axes.set_xlabel("step")
-            axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
+            if not axes.get_xlabel():
+                axes.set_xlabel("step")
+                axes.xaxis.set_major_locator(MaxNLocator(nbins=7, integer=True, min_n_ticks=1))
             axes.tick_params(length=0)
             if not axes.has_data():
                 axes.set(xticks=[], yticks=[], xlabel="")
@@ -84,6 +86,18 @@ def _reward(axes: Axes, run: Run) -> None:
 
 def _effective(axes: Axes, run: Run) -> None:
     _smoothed(axes, run, "selection/effective_task_ratio", COLOURS[2])
+    axes.set_ylim(0, 1.02)
+
+
+def _coverage(axes: Axes, run: Run) -> None:
+    for name, colour, label in (
+        ("selection/coverage", COLOURS[0], "tasks trained on at least once"),
+        ("selection/entropy", COLOURS[1], "entropy of visits, 1 is uniform"),
+    ):
+        values = run.series(name)
+        if np.isfinite(values).any():
+            axes.plot(run.steps, values, color=colour, marker=_marker(values), label=label)
+            axes.legend(loc="lower right")
     axes.set_ylim(0, 1.02)
 
 
@@ -120,6 +134,26 @@ def _mismatch(axes: Axes, run: Run) -> None:
         axes.set_ylabel("max |log-prob, engine - learner|")
 
 
+def _beliefs(axes: Axes, run: Run) -> None:
+    """Decile by decile of the believed pass rate, for three parts of the run; area is number."""
+    steps, believed, observed = run.beliefs.T
+    if not len(steps):
+        return
+    axes.plot([0, 1], [0, 1], color=COLOURS[6], linewidth=1, linestyle=":")
+    edges = np.linspace(0, steps.max(), 4)
+    for low, high, colour, label in zip(
+        edges, edges[1:], COLOURS, ("first third", "second", "last"), strict=False
+    ):
+        part = (steps > low) & (steps <= high)
+        table = calibration(believed[part], observed[part])
+        count, x, y = np.array([row for row in table if row[0]]).reshape(-1, 3).T
+        if len(count):
+            axes.plot(x, y, color=colour, linewidth=1, label=label)
+            axes.scatter(x, y, 120 * count / count.max(), color=colour, alpha=0.5, linewidths=0)
+    axes.set(xlim=(0, 1), ylim=(0, 1.02), xlabel="believed pass rate", ylabel="observed")
+    axes.legend(loc="upper left")
+
+
 def _gradient(axes: Axes, run: Run) -> None:
     _smoothed(axes, run, "policy/grad_norm", COLOURS[1])
     axes.set_ylim(bottom=0)
@@ -129,6 +163,8 @@ PANELS = {
     "Accuracy": _accuracy,
     "Mean reward": _reward,
     "Effective tasks, share": _effective,
+    "Pool covered": _coverage,
+    "Belief and outcome": _beliefs,
     "Where the time goes": _phases,
     "Engine-learner mismatch": _mismatch,
     "Gradient norm": _gradient,

@@ -10,6 +10,7 @@ import numpy as np
 import numpy.typing as npt
 
 from rft.errors import RftError
+from rft.scheduler import journal
 from rft.tracking.files import EVALS, METRICS, read_jsonl
 
 Array = npt.NDArray[np.float64]
@@ -19,13 +20,15 @@ Array = npt.NDArray[np.float64]
 class Run:
     """A run's rows of metrics, and its evaluations by set (the first set is the one that counts).
 
-    `config` is the text of config.yaml, empty where there is none.
+    `config` is the text of config.yaml, empty where there is none. `beliefs` [M, 3] has step,
+    believed and observed pass rate of every task that was trained on.
     """
 
     folder: Path
     metrics: list[dict[str, Any]]
     evaluations: dict[str, list[dict[str, Any]]]
     config: str
+    beliefs: Array
 
     @property
     def name(self) -> str:
@@ -56,4 +59,6 @@ def read_run(folder: Path) -> Run:
     for row in rows:
         evaluations.setdefault(row["set"], []).append(row)
     config = folder / "config.yaml"
-    return Run(folder, metrics, evaluations, config.read_text() if config.exists() else "")
+    beliefs = np.array(journal.beliefs(folder / "scheduler" / journal.JOURNAL), dtype=float)
+    text = config.read_text() if config.exists() else ""
+    return Run(folder, metrics, evaluations, text, beliefs.reshape(-1, 3))

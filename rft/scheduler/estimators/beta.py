@@ -63,11 +63,13 @@ class BetaEstimator(Estimator):
     above. Equal to it to 1e-9 where these do not matter.
 
     **State.** Tasks with the same references (and domain) that were never trained on share one
-    posterior, a cell. Cells are updated densely, at most 289 of them for pass rates out of 16
-    samples; a task that was trained on keeps its difference to its cell, which only decays, so it
-    is stored as it was at the last visit. An update costs O(cells + tasks of the step), and equals
-    the dense update to rounding. A task takes 24 bytes (16 of difference, 4 of version, 4 of
-    cell), a cell 48.
+    posterior, a cell; pass rates out of 16 samples make at most 289. What the references said of a
+    cell so far is E w + M (s - w), with E = sum of weights and M = sum of weights times c, two
+    numbers that all cells share, plus a correction where p was clipped, which takes c outside of
+    [0, 1]. A task that was trained on keeps its difference to its cell, which only decays, so it is
+    stored as it was at the last visit. So an update costs O(tasks of the step), and O(cells) as
+    well after c left [0, 1]; it equals the dense update to rounding. A task takes 24 bytes (16 of
+    difference, 4 of version, 4 of cell), a cell 24.
     """
 
     def __init__(
@@ -104,9 +106,11 @@ class BetaEstimator(Estimator):
         self._prior_rate = reference[prior] if self._prior_extra else None
         self._clock = -1  # the newest version of which something was observed
         self._capability = np.full(domains, np.nan)
-        # Excess of alpha and beta over the prior: of each cell, and each visited task over its cell
-        # as it was at version `_seen`.
-        self._cell_excess = np.zeros((2, len(self._weak)))
+        # What alpha and beta exceed the prior by. Of cells: E and M of each domain, corrections.
+        self._evidence, self._moment = np.zeros(domains), np.zeros(domains)
+        self._correction = np.zeros(len(self._weak))
+        self._corrected = 0.0  # share of the latest correction that is not forgotten yet
+        # Of visited tasks: over their cell's, as it was at version `_seen`.
         self._task_excess = np.zeros((2, len(pool)))
         self._seen = np.full(len(pool), -1, dtype=np.int32)
         self._most_excess = 0.0  # no task has more in alpha and beta together
@@ -140,13 +144,25 @@ class BetaEstimator(Estimator):
 
     def _excess(self, tasks: Ints) -> Floats:
         """What alpha and beta of `tasks` have over their prior, [2, K]."""
-        cell = self._cell[tasks]
-        known = cell < len(self._weak)
-        shared = np.zeros((2, len(tasks)))
-        shared[:, known] = self._cell_excess[:, cell[known]]
         age = self._clock - self._seen[tasks]
         # Rounding may leave a difference a hair below what the cell has.
-        return np.maximum(shared + self._task_excess[:, tasks] * self._keep**age, 0.0)
+        own = self._task_excess[:, tasks] * self._keep**age
+        return np.maximum(self._cell_excess(self._cell[tasks]) + own, 0.0)
+
+    def _cell_excess(self, cell: npt.NDArray[np.int32]) -> Floats:
+        """What alpha and beta of cells have over their prior, [2, K]."""
+        excess = np.zeros((2, len(cell)))
+        known = cell < len(self._weak)
+        cell = cell[known]
+        domain = self._domains_of(cell)
+        weak = self._weak[cell]
+        alpha = self._evidence[domain] * weak + self._moment[domain] * (self._strong[cell] - weak)
+        alpha += self._correction[cell]
+        excess[:, known] = alpha, self._evidence[domain] - alpha
+        return excess
+
+    def _domains_of(self, cell: npt.NDArray[np.int32] | slice) -> npt.NDArray[np.int16] | int:
+        return 0 if self._domain is None else self._domain[cell]
 
     def predict(self, tasks: Ints) -> tuple[Floats, Floats]:
         alpha, beta = self.parameters(tasks)
@@ -179,10 +195,7 @@ class BetaEstimator(Estimator):
         late = self._keep ** (self._clock - report.version)
         explicit = late * np.stack([report.total, report.n - report.total])
         now = before * (self._keep**elapsed * self._visit_keep) + np.maximum(explicit, 0.0)
-        cell = self._cell[report.tasks]
-        known = cell < len(self._weak)
-        self._task_excess[:, report.tasks] = now
-        self._task_excess[:, report.tasks[known]] -= self._cell_excess[:, cell[known]]
+        self._task_excess[:, report.tasks] = now - self._cell_excess(self._cell[report.tasks])
         self._seen[report.tasks] = self._clock
         self._most_excess = max(self._most_excess, float(now.sum(axis=0).max()))
         return metrics
@@ -214,11 +227,15 @@ class BetaEstimator(Estimator):
             metrics["estimate/implicit_weight"] = self._weight
         return metrics
 
-    def _interpolate(self, cell: npt.NDArray[np.int32] | slice) -> Floats:
+    def _interpolate(self, cell: npt.NDArray[np.int32]) -> Floats:
         """p of cells; NaN where c is not known."""
-        weak = self._weak[cell]
-        c = self._capability[0 if self._domain is None else self._domain[cell]]
-        rate: Floats = np.clip(weak + c * (self._strong[cell] - weak), 0.0, 1.0)
+        return np.clip(self._line(cell), 0.0, 1.0)
+
+    def _line(self, cell: npt.NDArray[np.int32] | slice) -> Floats:
+        """w + c (s - w) of cells; NaN where c is not known."""
+        rate = self._strong[cell] - self._weak[cell]
+        rate *= self._capability[self._domains_of(cell)]
+        rate += self._weak[cell]
         return rate
 
     def _advance(self, versions: int) -> None:
@@ -228,23 +245,31 @@ class BetaEstimator(Estimator):
         self._clock += versions
         keep = self._keep**versions
         times = versions if self._keep == 1.0 else (1.0 - keep) / (1.0 - self._keep)
+        known = np.isfinite(self._capability)
+        c = np.where(known, self._capability, 0.0)
         scale = self._weight * self.setup.rollouts_per_task * times
-        if np.isnan(self._capability).all():
-            scale = 0.0
+        self._evidence = keep * self._evidence + scale * known
+        self._moment = keep * self._moment + scale * c
+        self._correct(keep, scale if ((c < 0.0) | (c > 1.0)).any() else 0.0)
+        self._most_excess = keep * self._most_excess + scale
+
+    def _correct(self, keep: float, scale: float) -> None:
+        """Forget corrections, and add to them what clipping p changes by now."""
+        if self._corrected == scale == 0.0:
+            return
+        self._corrected = 1.0 if scale > 0 else keep * self._corrected
+        if self._corrected < 1e-17:  # of no account beside a prior of 1
+            self._correction[:], self._corrected = 0.0, 0.0
+            return
         for start in range(0, len(self._weak), CHUNK):
             chunk = slice(start, start + CHUNK)
-            excess = self._cell_excess[:, chunk]
-            excess *= keep
+            self._correction[chunk] *= keep
             if scale > 0:
-                success = self._interpolate(chunk)
-                success *= scale
-                failure = scale - success
-                if np.isnan(self._capability).any():  # a domain that was never trained on
-                    np.nan_to_num(success, copy=False)
-                    np.nan_to_num(failure, copy=False)
-                excess[0] += success
-                excess[1] += failure
-        self._most_excess = keep * self._most_excess + scale
+                line = self._line(chunk)
+                clipped = np.clip(line, 0.0, 1.0)
+                clipped -= line
+                clipped *= scale
+                self._correction[chunk] += np.nan_to_num(clipped, copy=False)
 
     def state(self) -> State:
         visited = np.flatnonzero(self._seen >= 0)
@@ -253,7 +278,10 @@ class BetaEstimator(Estimator):
             "implicit_weight": self._weight,
             "most_excess": self._most_excess,
             "capability": self._capability.copy(),
-            "cells": self._cell_excess.copy(),
+            "evidence": self._evidence.copy(),
+            "moment": self._moment.copy(),
+            "corrected": self._corrected,
+            "correction": self._correction[: None if self._corrected else 0].copy(),
             "visited": visited,
             "excess": self._task_excess[:, visited],
             "seen": self._seen[visited],
@@ -262,7 +290,10 @@ class BetaEstimator(Estimator):
     def load(self, state: State) -> None:
         self._clock, self._weight = state["clock"], state["implicit_weight"]
         self._most_excess, self._capability = state["most_excess"], state["capability"].copy()
-        self._cell_excess = state["cells"].copy()
+        self._evidence, self._moment = state["evidence"].copy(), state["moment"].copy()
+        self._corrected, self._correction[:] = state["corrected"], 0.0
+        if self._corrected:
+            self._correction[:] = state["correction"]
         self._task_excess[:], self._seen[:] = 0.0, -1
         self._task_excess[:, state["visited"]] = state["excess"]
         self._seen[state["visited"]] = state["seen"]
