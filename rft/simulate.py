@@ -6,13 +6,14 @@
     python -m rft.simulate arms=[uniform,bots] learners=[skill] seeds=1 steps=1000 \
         world.tasks=1000000
 
-The scheduler is the real one; policies, rollouts and references are simulated, and everything
+`--config-dir DIR` adds presets and parts of your own. The scheduler is the real one; policies, rollouts and references are simulated, and everything
 written says so. It prints a table for each learner and writes table.md, curves.jsonl and
 curves.png into folder/name.
 """
 
 from __future__ import annotations
 
+import argparse
 import json
 import os
 import sys
@@ -41,8 +42,13 @@ def main() -> None:
     if {"-h", "--help"} & {*sys.argv[1:]}:
         print(__doc__)
         return
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--config-dir", type=Path)
+    given, overrides = parser.parse_known_args()
+    if given.config_dir:
+        overrides.append(f"hydra.searchpath=[file://{given.config_dir.resolve()}]")
     try:
-        simulate(sys.argv[1:])
+        simulate(overrides)
     except (RftError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("RFT_TRACEBACK") == "1":
             raise

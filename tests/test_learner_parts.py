@@ -16,7 +16,7 @@ from rft.config.schema import Config, LearnerConfig
 from rft.errors import RftError
 from rft.learner.advantages import GroupAdvantage
 from rft.learner.packing import assign
-from rft.learner.schedule import learning_rate
+from rft.learner.schedule import entropy_temperature, learning_rate
 from rft.records import Plan, Rollout, Score, Task, Totals
 from rft.tasks.pool import TaskPool
 
@@ -264,3 +264,9 @@ def test_dropped_groups_leave_the_denominators() -> None:
     assert [g.task for g in kept] == ["a"]
     ((_, totals),) = make_updates(config(), GroupAdvantage(), kept, all_rollouts=False)
     assert totals.sequences == 2
+
+
+def test_the_temperature_rises_as_entropy_falls() -> None:
+    assert entropy_temperature(1.0, 0.4, 0.5, 151936) == pytest.approx(1.015485, abs=5e-7)
+    assert entropy_temperature(0.8, 0.5, 0.5, 151936) == 0.8
+    assert entropy_temperature(1.0, 0.6, 0.5, 151936) < 1.0

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import subprocess
 import sys
 from dataclasses import replace
@@ -221,3 +222,26 @@ def test_what_cannot_be_simulated_is_one_line(overrides: list[str], words: str) 
 def test_a_config_that_is_wrong_is_an_error_of_ours() -> None:
     with pytest.raises(RftError, match="evaluate_every=0"):
         compose([*SMALL, "evaluate_every=0"])
+
+
+def test_the_selector_of_the_readme_works_from_outside_the_package(tmp_path: Path) -> None:
+    """The README's own code, in the two files it names."""
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    section = readme[readme.index("## A selector of your own") :]
+    code, yaml = (
+        section.split(f"```{language}\n")[1].split("```")[0] for language in ("python", "yaml")
+    )
+    (tmp_path / "hardest.py").write_text(code)
+    (tmp_path / "conf/scheduler/selector").mkdir(parents=True)
+    (tmp_path / "conf/scheduler/selector/hardest.yaml").write_text(yaml)
+    arms = "arms=[uniform,'uniform scheduler/selector=hardest']"
+    command = [sys.executable, "-m", "rft.simulate", *SMALL, arms, "seeds=1", "learners=[skill]"]
+    done = subprocess.run(
+        [*command, "--config-dir", "conf"],
+        cwd=tmp_path,
+        env={**os.environ, "PYTHONPATH": f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}"},
+        capture_output=True,
+        text=True,
+    )
+    assert done.returncode == 0, done.stderr
+    assert "| uniform scheduler/selector=hardest |" in done.stdout

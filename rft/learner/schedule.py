@@ -1,4 +1,4 @@
-"""Learning-rate schedules: the rate follows from the step alone, so resume needs no state."""
+"""Schedules: what follows from the step, or from a measure, without state of its own."""
 
 import math
 
@@ -19,3 +19,16 @@ def learning_rate(step: int, config: LearnerConfig, steps: int) -> float:
     if config.schedule == "cosine":
         return config.lr * 0.5 * (1.0 + math.cos(math.pi * progress))
     return config.lr
+
+
+def entropy_temperature(
+    temperature: float, entropy: float, target: float, vocabulary: int
+) -> float:
+    """The sampling temperature that should bring the policy's mean token entropy back to `target`
+    (both in nats), from that of a step sampled at `temperature`; E3, arXiv 2505.18573.
+
+    >>> round(entropy_temperature(1.0, 0.4, 0.5, 151936), 6)
+    1.015485
+    """
+    size = math.log(vocabulary) + math.log(math.log(vocabulary))
+    return temperature * (1.0 + temperature * math.log(target / entropy) / size)
