@@ -1,4 +1,4 @@
-"""From many sampled answers to few: majorities, when enough samples are drawn, and the best of them.
+"""From many sampled answers to few: majorities, when there are enough samples, the best of them.
 
 For evaluation with many samples a task; training does not use them.
 """

@@ -6,9 +6,9 @@
     python -m rft.simulate arms=[uniform,bots] learners=[skill] seeds=1 steps=1000 \
         world.tasks=1000000
 
-`--config-dir DIR` adds presets and parts of your own. The scheduler is the real one; policies, rollouts and references are simulated, and everything
-written says so. It prints a table for each learner and writes table.md, curves.jsonl and
-curves.png into folder/name.
+`--config-dir DIR` adds presets and parts of your own. The scheduler is the real one; policies,
+rollouts and references are simulated, and everything written says so. It prints a table for each
+learner and writes table.md, curves.jsonl and curves.png into folder/name.
 """
 
 from __future__ import annotations

@@ -11,7 +11,14 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rft.batch import DropZeroVariance, Group, group_by_task, make_requests, make_updates
+from rft.batch import (
+    DropZeroVariance,
+    Group,
+    group_by_task,
+    join_groups,
+    make_requests,
+    make_updates,
+)
 from rft.config.schema import Config, LearnerConfig
 from rft.errors import RftError
 from rft.learner.advantages import GroupAdvantage
@@ -202,9 +209,10 @@ def test_a_tasks_seeds_do_not_depend_on_what_else_is_planned_or_in_which_round()
 
 def test_groups_grow_round_by_round_in_order_of_first_appearance() -> None:
     score = Score(1.0, "correct")
-    first = group_by_task([], [rollout("b", 0, 2), rollout("a", 0, 2)], [score, score])
+    first = group_by_task([rollout("b", 0, 2), rollout("a", 0, 2)], [score, score])
     wrong = Score(0.0, "wrong")
-    groups = group_by_task(first, [rollout("c", 0, 2), rollout("b", 1, 2)], [score, wrong])
+    second = group_by_task([rollout("c", 0, 2), rollout("b", 1, 2)], [score, wrong])
+    groups = join_groups(first, second)
     assert [(g.task, [r.index for r in g.rollouts]) for g in groups] == [
         ("b", [0, 1]),
         ("a", [0]),
