@@ -31,6 +31,9 @@ if TYPE_CHECKING:
     from rft.simulation.play import Curve
 
 
+SHARED = ("world", "steps", "seeds", "tasks_per_step", "evaluate_every")
+
+
 def main() -> None:
     """Compose, check, simulate, write; every error that a user can mend is one line."""
     from hydra.errors import HydraException
@@ -67,14 +70,14 @@ def simulate(overrides: Sequence[str]) -> Path:
     start = time.perf_counter()
     curves = run_all(config, jobs)
     seconds = time.perf_counter() - start
+    with open(folder / "curves.jsonl", "w", encoding="utf-8") as file:
+        for curve in curves:
+            file.write(json.dumps({"simulated": True, **asdict(curve)}) + "\n")
     text = [f"# Simulated: {config.name}", "", what(config, overrides, seconds)]
     for learner in config.learners:
         rows = table([c for c in curves if c.learner == learner], config.baseline)
         text += ["", f"## learner: {learner}", "", markdown(rows)]
     (folder / "table.md").write_text("\n".join(text) + "\n", encoding="utf-8")
-    with open(folder / "curves.jsonl", "w", encoding="utf-8") as file:
-        for curve in curves:
-            file.write(json.dumps({"simulated": True, **asdict(curve)}) + "\n")
     (folder / "curves.png").write_bytes(plot(curves, [*jobs]))
     print("\n".join(text))
     print(f"\nwritten to {folder}: table.md, curves.jsonl, curves.png")
@@ -89,7 +92,8 @@ def what(config: SimulationConfig, overrides: Sequence[str], seconds: float) -> 
         f"{config.tasks_per_step} x {config.rollouts_per_task} rollouts, {config.seeds} seeds, "
         f"{time.strftime('%Y-%m-%d')}, {seconds:.0f} s on {workers(config)} cores. "
         f"Mean over seeds with 95% intervals; TTB and BSF against {config.baseline} of the same "
-        "seed; (k/n): only k of n seeds got there. **No language model was trained.**"
+        "seed; (k/n): only k of n seeds got there, and the mean is over these. "
+        "**No language model was trained.**"
     )
 
 
@@ -123,7 +127,12 @@ def compose_arms(
             # An arm's estimator over embeddings gets its file from the simulation.
             if preset in ("pcl", "dots"):
                 own.append("scheduler.estimator.embeddings=simulated")
-            found.setdefault(arm, {})[learner] = compose([*overrides, *own])
+            found.setdefault(arm, {})[learner] = composed = compose([*overrides, *own])
+            for key in SHARED:
+                if getattr(composed, key) != getattr(config, key):
+                    raise RftError(
+                        f"arm {arm!r} changes {key}, which all arms share; set it for all of them"
+                    )
     return found
 
 
@@ -134,17 +143,18 @@ def check(config: SimulationConfig) -> None:
     for part in ("estimator", "selector", "planner"):
         check_part(f"scheduler.{part}", getattr(config.scheduler, part))
     check_part("simulated_learner", config.simulated_learner)
-    for transform in config.transforms:
-        if transform["_target_"] != "rft.batch.DropZeroVariance":
-            raise RftError(
-                f"transforms: {transform['_target_']} has no simulated counterpart; only "
-                "rft.batch.DropZeroVariance has"
-            )
+    if "/" in config.name or config.name in ("", ".", ".."):
+        raise RftError(f"name={config.name!r} must be a plain folder name; it is kept under folder")
     least = {"seeds": 1, "steps": 1, "tasks_per_step": 1, "rollouts_per_task": 2}
     least |= {"evaluate_every": 1, "delay": 0, "workers": 0}
     for key, value in least.items():
         if getattr(config, key) < value:
             raise RftError(f"{key}={getattr(config, key)} is too small; at least {value}")
+    for key, value in {"tasks": 1, "domains": 1, "reference_samples": 1, "held_out": 1}.items():
+        if getattr(config.world, key) < value:
+            raise RftError(
+                f"world.{key}={getattr(config.world, key)} is too small; at least {value}"
+            )
     if not 0.0 <= config.lost < 1.0:
         raise RftError(f"lost={config.lost} must lie in [0, 1)")
     if config.tasks_per_step > config.world.tasks:

@@ -76,9 +76,9 @@ RATES = st.integers(0, 16).map(lambda successes: successes / 16) | st.floats(0, 
 
 @st.composite
 def pools(draw: st.DrawFn) -> PoolView:
-    """Known references, the weak one at least 0.02 below the strong one."""
+    """Known references, the weak one at least 0.05 below the strong one."""
     weak = draw(st.lists(st.floats(0, 0.9), min_size=1, max_size=12))
-    return of_references([(w, draw(st.floats(w + 0.03, 1))) for w in weak])
+    return of_references([(w, draw(st.floats(w + 0.06, 1))) for w in weak])
 
 
 @given(

@@ -182,7 +182,7 @@ class SchedulerClient:
                 if attempt == self.ATTEMPTS - 1:
                     raise
                 self._cluster.kill(self._handle)  # a hung one must not write the journal too
-                self._handle = self._spawn()
+                self._handle, self._prepared = self._spawn(), None
         raise AssertionError("unreachable")
 
 

@@ -149,7 +149,7 @@ class RayCluster:
                 if not ready:
                     raise PartDied(
                         f"{what} took longer than {deadline:g} s; if it is only slow, raise its "
-                        "deadline (rollout.deadline, learner.deadline)"
+                        "deadline where it has one (rollout.deadline, learner.deadline)"
                     )
                 value = values[ready[0]] = ray.get(ready[0])
                 if isinstance(value, Failure):

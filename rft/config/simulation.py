@@ -21,6 +21,9 @@ class WorldConfig:
     """How sharply solving depends on ability minus difficulty."""
     mislabelled: float = 0.05
     """Share of tasks whose label is wrong: nothing is ever rewarded."""
+    misleading: float = 0.3
+    """Share of these that the references solve as if the label were right: they share the mistake
+    behind it."""
     trainee: float = -2.0
     """The policy's ability at the start; a difficulty of this is solved half of the time."""
     weak: float = -1.0
@@ -33,7 +36,7 @@ class WorldConfig:
     """Samples behind each reference pass rate."""
     unknown_references: float = 0.0
     """Share of tasks of which a reference's pass rate is unknown; drawn for each of the two."""
-    embedding_noise: float = 0.5
+    embedding_noise: float = 3.0
     """Noise of prompt embeddings, for the estimators that use them."""
     held_out: int = 2000
     """Tasks of the held-out set, from the same distribution, none mislabelled."""
@@ -51,8 +54,9 @@ class WorldConfig:
 @dataclass
 class SimulationConfig:
     arms: list[str] = field(default_factory=list)
-    """What is compared: names of scheduler presets, each with further overrides of `scheduler` and
-    `feedback`, separated by spaces. `oracle` knows the true pass rates."""
+    """What is compared: names of scheduler presets, each with further overrides of `scheduler`,
+    `rollouts_per_task`, `delay` or `lost`, separated by spaces. `oracle` knows the true pass
+    rates."""
     baseline: str = "uniform"
     """The arm that others are measured against, of the same seed and learner."""
     learners: list[str] = field(default_factory=list)
@@ -80,6 +84,7 @@ class SimulationConfig:
     world: WorldConfig = field(default_factory=WorldConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
     transforms: list[Part] = field(default_factory=list)
-    """As in training; a simulated learner knows `rft.batch.DropZeroVariance` alone."""
+    """As in training, where presets set it. It changes nothing here: a simulated learner takes
+    nothing from groups without variance, and divides by the planned size of a batch."""
     simulated_learner: Part = field(default_factory=dict)
     """The learner model of an arm; chosen by `learners`."""

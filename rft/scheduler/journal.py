@@ -10,10 +10,15 @@ from __future__ import annotations
 import json
 import math
 import os
+import re
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
+from rft.errors import RftError
+
 JOURNAL = "journal.jsonl"
+STEP = re.compile(r'\{"event": "\w+", "step": (\d+)')
 
 
 class Journal:
@@ -35,48 +40,77 @@ class Journal:
 
 def rewind_journal(folder: Path, step: int) -> None:
     """Forget what happened after `step`, a torn last line included: the run resumes from there."""
-    lines = [line for line in read_journal(folder / JOURNAL) if line.get("step", 0) <= step]
     temporary = folder / f".{JOURNAL}.tmp"
-    temporary.write_text("".join(json.dumps(line) + "\n" for line in lines), encoding="utf-8")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.writelines(text for text in lines(folder / JOURNAL) if step_of(text) <= step)
     temporary.replace(folder / JOURNAL)
 
 
 def cut_torn_line(path: Path) -> None:
     """Remove what a kill left of a last line, or the next one would be written onto it."""
-    if path.exists():
-        os.truncate(path, path.read_bytes().rfind(b"\n") + 1)
-
-
-def read_journal(path: Path) -> list[dict[str, Any]]:
-    """The journal's whole lines; a last line without its newline was torn by a kill."""
     if not path.exists():
-        return []
-    with open(path, encoding="utf-8") as file:
-        return [json.loads(line) for line in file if line[-1] == "\n"]
+        return
+    with open(path, "r+b") as file:
+        end = file.seek(0, os.SEEK_END)
+        while end > 0:  # backwards, as journals are long and their lines are not
+            start = max(0, end - (1 << 16))
+            file.seek(start)
+            newline = file.read(end - start).rfind(b"\n")
+            if newline >= 0:
+                file.truncate(start + newline + 1)
+                return
+            end = start
+        file.truncate(0)
+
+
+def lines(path: Path) -> Iterator[str]:
+    """The journal's whole lines; a last one without its newline was torn by a kill."""
+    if path.exists():
+        with open(path, encoding="utf-8") as file:
+            yield from (text for text in file if text[-1] == "\n")
+
+
+def step_of(text: str) -> int:
+    """A line's step, without reading the rest of it; 0 of the one that names the pool."""
+    found = STEP.match(text)
+    return int(found[1]) if found else 0
+
+
+def read_journal(path: Path, after: int = 0) -> Iterator[dict[str, Any]]:
+    """The journal's lines, those of steps up to `after` left out. Raises `RftError` naming a line
+    that is not what was written."""
+    for number, text in enumerate(lines(path), start=1):
+        if 0 < step_of(text) <= after:
+            continue
+        try:
+            yield json.loads(text)
+        except json.JSONDecodeError as error:
+            raise RftError(
+                f"{path}, line {number}, was altered ({error}); remove it and what follows, and "
+                "resume from the last checkpoint"
+            ) from error
 
 
 def beliefs(path: Path) -> list[tuple[int, float, float]]:
     """Of every task that was trained on: (step, pass rate believed when it was chosen, pass rate
     observed in its first round). A task of which nothing was known is left out."""
     believed: dict[tuple[int, str], float] = {}
-    found: list[tuple[int, float, float]] = []
-    rewards: dict[tuple[int, str], list[float]] = {}
+    rounds: dict[tuple[int, str], dict[int, list[float]]] = {}
     for line in read_journal(path):
         if line["event"] == "plan":
             for _, task, _, mean, *_ in line["tasks"]:
                 if mean is not None:  # a later round does not replace what the first one knew
                     believed.setdefault((line["step"], task), mean)
         elif line["event"] == "feedback":
-            first = {task: 0 for task, _, _ in line["outcomes"]}
-            for task, round, _ in reversed(line["outcomes"]):
-                first[task] = round
-            for task, round, values in line["outcomes"]:
-                if round == first[task]:
-                    rewards.setdefault((line["step"], task), []).extend(values)
-    for key, mean in believed.items():
-        if rewards.get(key):
-            found.append((key[0], mean, sum(rewards[key]) / len(rewards[key])))
-    return found
+            for task, round, rewards in line["outcomes"]:
+                found = rounds.setdefault((line["step"], task), {})
+                found.setdefault(round, []).extend(rewards)
+    pairs = []
+    for (step, task), mean in believed.items():
+        first = next((r for _, r in sorted(rounds.get((step, task), {}).items()) if r), None)
+        if first:
+            pairs.append((step, mean, sum(first) / len(first)))
+    return pairs
 
 
 def digits(value: float) -> float | None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass, field
-from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
@@ -56,6 +55,11 @@ class OpenPlan:
         """Every task asked for, in the order of the first time."""
         return list(dict.fromkeys(task for asks in self.rounds for task, _ in asks))
 
+    def complete(self) -> bool:
+        """Whether all parts of the feedback are there, up to the one that says it is the last."""
+        last = [part for part, feedback in self.parts.items() if feedback.last]
+        return bool(last) and set(range(last[0] + 1)) <= self.parts.keys()
+
 
 class Scheduler:
     """Plans steps and learns from what came back of them.
@@ -87,7 +91,8 @@ class Scheduler:
         """Steps that are settled, beyond `_all_settled`; up to that one all are."""
         self._all_settled = 0
         self._drawn = 0  # how far the settled plans walked the epochs
-        self._last: tuple[int, Metrics] = (0, {})
+        self._last: tuple[int, int, Metrics] = (0, 0, {})
+        """The step settled last, the number of its last part, and its metrics."""
         folder.mkdir(parents=True, exist_ok=True)
         self._folder = folder
         started = self._restore()
@@ -102,9 +107,12 @@ class Scheduler:
     def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
         """What to generate next in `step`, given what its earlier rounds brought.
 
-        Tasks of other plans that are still open are not chosen. Raises `RftError` for a step that
-        is settled, and for a round out of order.
+        Tasks of other plans that are still open are not chosen: every plan must be settled in the
+        end, by empty feedback if nothing came of it. Raises `RftError` for a step that is settled,
+        and for a round out of order.
         """
+        if step < 1 or round < 0:
+            raise RftError(f"step {step}, round {round}: steps are counted from 1, rounds from 0")
         if self._is_settled(step):
             raise RftError(
                 f"step {step} was settled and is planned again; resume from a checkpoint"
@@ -126,7 +134,7 @@ class Scheduler:
         for other in [*self._open.values(), plan]:
             exclude[other.tasks()] = True
         draws: dict[int, float] = {}
-        position = plan.drawn
+        position = max(plan.drawn, self._position())
 
         def draw(k: int) -> Ints:
             nonlocal position
@@ -151,7 +159,7 @@ class Scheduler:
             self._estimator.predict,
         )
         asks = tuple((int(task), int(n)) for task, n in self._planner.next_requests(view) if n > 0)
-        if asks:
+        if asks or round == 0:  # a plan of nothing is one, too
             self._open[step] = plan
             plan.rounds.append(asks)
             plan.drawn = position
@@ -160,9 +168,10 @@ class Scheduler:
 
     def _write_plan(self, step: int, round: int, plan: OpenPlan, draws: dict[int, float]) -> None:
         asks = plan.rounds[round]
-        means, evidences = self._estimator.predict(np.array([task for task, _ in asks]))
+        tasks = np.array([task for task, _ in asks], dtype=np.int64)
+        means, evidences = self._estimator.predict(tasks)
         rows = [
-            [task, self._setup.pool.ids[task], n, digits(mean), digits(evidence)]
+            [task, str(self._setup.pool.ids[task]), n, digits(mean), digits(evidence)]
             + ([digits(draws[task])] if task in draws else [])
             for (task, n), mean, evidence in zip(asks, means, evidences, strict=True)
         ]
@@ -179,47 +188,47 @@ class Scheduler:
         """Task ids of a plan to indices; the pool at large needs no such table."""
         return {str(self._setup.pool.ids[task]): task for task in plan.tasks()}
 
+    def predict(self, tasks: Ints) -> tuple[Floats, Floats]:
+        """The belief about tasks, by index: mean pass rates and evidence."""
+        return self._estimator.predict(tasks)
+
     # ---- learning
 
     def observe(self, feedback: Feedback) -> Metrics:
         """Take feedback; when its plan is complete, learn and return selection and estimate
-        metrics. Until then, and for a plan that asked for nothing, there are none.
+        metrics. Until then there are none.
 
-        A part that is there already changes nothing and answers the same, so a caller may repeat
-        its call after a crash. Raises `RftError`, changing nothing, for a step that was not
-        planned, more feedback of a step that is settled, a task that is not in the plan, more
-        rollouts than it asked for, or a reward outside [0, 1].
+        A part that is there already changes nothing, so a caller may repeat its call after a
+        crash: that which settled the newest settled plan answers its metrics again. Raises
+        `RftError`, changing nothing, for a step that was not planned, a part after the last one, a
+        task that is not in the plan, more rollouts than it asked for, or a reward outside [0, 1].
         """
-        step = feedback.step
+        step, part = feedback.step, feedback.part
         if self._is_settled(step):
-            return self._repeated(feedback)
+            if step == self._last[0] and part > self._last[1]:
+                raise RftError(
+                    f"part {part} of the feedback of step {step} comes after part {self._last[1]}, "
+                    "which was its last; send it before"
+                )
+            return dict(self._last[2]) if step == self._last[0] else {}
         plan = self._open.get(step)
-        if plan is None and not feedback.outcomes:
-            plan = OpenPlan()  # it asked for nothing: there is nothing to learn
         if plan is None:
             raise RftError(f"there is feedback of step {step}, which was not planned")
-        if feedback.part in plan.parts:
+        if part in plan.parts:
             return {}
         self._check(plan, feedback)
-        plan.parts[feedback.part] = feedback
-        metrics = self._settle(step, plan) if feedback.last else {}
+        # On disk first: what is learnt must not be ahead of what a restart would learn again.
         self._journal.write(
             "feedback",
             step=step,
-            part=feedback.part,
+            part=part,
             last=feedback.last,
             version=feedback.version,
-            outcomes=[
-                [o.task, o.round, [compact(r) for r in o.rewards]] for o in feedback.outcomes
-            ],
-            **({"metrics": metrics} if feedback.last else {}),
+            outcomes=[[o.task, o.round, [number(r) for r in o.rewards]] for o in feedback.outcomes],
         )
-        return dict(metrics)  # a copy: inline, the caller would be adding to ours
-
-    def _repeated(self, feedback: Feedback) -> Metrics:
-        if feedback.step == self._last[0]:
-            return dict(self._last[1])
-        return {}
+        plan.parts[part] = feedback
+        # A copy: inline, the caller would be adding to ours.
+        return dict(self._settle(step, plan)) if plan.complete() else {}
 
     def _check(self, plan: OpenPlan, feedback: Feedback) -> None:
         indices = self._indices(feedback.step, plan)
@@ -267,7 +276,7 @@ class Scheduler:
             self._all_settled += 1
             self._settled.remove(self._all_settled)
         self._drawn = max(self._drawn, plan.drawn)
-        self._last = (step, metrics)
+        self._last = (step, max(plan.parts), metrics)
         return metrics
 
     def _is_settled(self, step: int) -> bool:
@@ -293,8 +302,8 @@ class Scheduler:
             "all_settled": self._all_settled,
             "settled": sorted(self._settled),
             "drawn": self._drawn,
-            "last_step": self._last[0],
-            "last_metrics": [[name, value] for name, value in self._last[1].items()],
+            "last": list(self._last[:2]),
+            "last_metrics": [[name, value] for name, value in self._last[2].items()],
             "visits": self._visits.state(),
             "estimator": self._estimator.state(),
             "selector": self._selector.state(),
@@ -305,37 +314,40 @@ class Scheduler:
         """Load the snapshot and replay the journal; whether there was a journal."""
         if (self._folder / SNAPSHOT).exists():
             self._load(load_state(self._folder / SNAPSHOT))
-        lines = read_journal(self._folder / JOURNAL)
-        for line in lines:
+        started = False
+        for line in read_journal(self._folder / JOURNAL, after=self._all_settled):
+            started = True
             if line["event"] == "pool":
                 self._same_pool("journal", line["format"], line["tasks"], line["digest"])
             elif not self._is_settled(line["step"]):
                 self._replay(line)
-        return bool(lines)
+        return started
 
     def _load(self, state: dict[str, Any]) -> None:
         self._same_pool("snapshot", state.get("format"), state["tasks"], state["pool"])
         self._all_settled, self._settled = state["all_settled"], set(state["settled"])
         self._drawn = state["drawn"]
-        self._last = (state["last_step"], dict(state["last_metrics"]))
+        self._last = (*state["last"], dict(state["last_metrics"]))
         self._visits.load(state["visits"])
         self._estimator.load(state.get("estimator", {}))
         self._selector.load(state.get("selector", {}))
         self._planner.load(state.get("planner", {}))
 
     def _replay(self, line: dict[str, Any]) -> None:
-        plan = self._open.setdefault(line["step"], OpenPlan())
+        step = line["step"]
+        plan = self._open.setdefault(step, OpenPlan())
         if line["event"] == "plan":
-            plan.rounds.append(tuple((row[0], row[2]) for row in line["tasks"]))
-            plan.drawn = line["drawn"]
+            if line["round"] == len(plan.rounds):  # the same one twice: a scheduler that hung wrote
+                plan.rounds.append(tuple((row[0], row[2]) for row in line["tasks"]))
+                plan.drawn = line["drawn"]
             return
         outcomes = tuple(
             Outcome(task, tuple(float(r) for r in rewards), round)
             for task, round, rewards in line["outcomes"]
         )
-        step, part = line["step"], line["part"]
+        part = line["part"]
         plan.parts[part] = Feedback(step, line["version"], outcomes, part, line["last"])
-        if line["last"]:
+        if plan.complete():
             self._settle(step, plan)
 
     def _same_pool(self, what: str, format: Any, tasks: int, pool: str) -> None:
@@ -370,6 +382,8 @@ def tallies(indices: dict[str, int], outcomes: Sequence[Outcome]) -> dict[int, T
     for o in sorted(outcomes, key=lambda o: o.round):
         if o.n == 0:
             continue
+        if o.task not in indices:
+            raise RftError(f"there is an outcome of task {o.task!r}, which was not planned")
         task = indices[o.task]
         rewards.setdefault(task, []).extend(o.rewards)
         round, n = first.get(task, (o.round, 0))
@@ -400,16 +414,17 @@ def make_report(step: int, plan: OpenPlan, indices: dict[str, int]) -> Report:
 
 def digest(pool: PoolView) -> str:
     """Tells pools apart: tasks, their order, their references and domains."""
-    text = hashlib.blake2b(digest_size=16)
+    found = hashlib.blake2b(digest_size=16)
     step = 1 << 16
-    for start, stop in pairwise([*range(0, len(pool), step), len(pool)]):
-        text.update("\x1f".join(map(str, pool.ids[start:stop])).encode())
-    text.update(pool.weak.tobytes() + pool.strong.tobytes())
-    if pool.domains is not None:
-        text.update(pool.domains.tobytes() + "\x1f".join(pool.domain_names).encode())
-    return text.hexdigest()
+    for start in range(0, len(pool), step):
+        found.update("\x1f".join(map(str, pool.ids[start : start + step])).encode() + b"\x1e")
+    arrays = [pool.weak, pool.strong] + ([] if pool.domains is None else [pool.domains])
+    for array in arrays:
+        found.update(np.ascontiguousarray(array).view(np.uint8).data)
+    found.update("\x1f".join(pool.domain_names).encode())
+    return found.hexdigest()
 
 
-def compact(reward: float) -> float | int:
+def number(reward: float) -> float | int:
     """Whole rewards as integers: most are 0 or 1, and the journal is long."""
-    return int(reward) if reward == int(reward) else reward
+    return int(reward) if reward == int(reward) else float(reward)

@@ -57,12 +57,14 @@ class Visits:
 
 def step_metrics(pool: PoolView, report: Report, predicted: Floats) -> Metrics:
     """Effective task ratio, and how good the belief before the step was: `predicted` [K] against
-    the observed rates.
+    the observed rates. What a step does not define, such as a correlation with a constant, is
+    left out.
 
     A task is effective if its group, all rounds of it, is neither all right nor all wrong. The
-    ROC-AUC asks whether effective tasks were told from others by
-    predicted (1 - predicted). Beside it stands that of a predictor which never learns, the mean of
-    the task's two reference pass rates: an AUC that does not beat it owes nothing to learning.
+    ROC-AUC asks whether effective tasks were told from others by predicted (1 - predicted). Beside
+    it stands that of a predictor which never learns, the mean of the task's two reference pass
+    rates: an AUC that does not beat it owes nothing to learning. Both are over the tasks of which
+    both predictions are known, or over all known ones where the pool has no references.
     """
     effective = (report.total > 0) & (report.total < report.n)
     metrics = {"selection/effective_task_ratio": float(effective.mean())}
@@ -73,36 +75,36 @@ def step_metrics(pool: PoolView, report: Report, predicted: Floats) -> Metrics:
             "estimate/brier": float(((guess - rate) ** 2).mean()),
             "estimate/pearson": pearson(guess, rate),
             "estimate/spearman": spearman(guess, rate),
-            "estimate/auc": roc_auc(guess * (1 - guess), effective[known]),
         }
     static = (pool.weak[report.tasks] + pool.strong[report.tasks]) / 2
-    referenced = np.isfinite(static)
-    if referenced.any():
-        static = static[referenced]
-        metrics["estimate/auc_static"] = roc_auc(static * (1 - static), effective[referenced])
-    return metrics
+    both = known & np.isfinite(static)
+    if both.any():
+        metrics["estimate/auc_static"] = roc_auc(static[both] * (1 - static[both]), effective[both])
+        known = both
+    metrics["estimate/auc"] = roc_auc(predicted[known] * (1 - predicted[known]), effective[known])
+    return {name: value for name, value in metrics.items() if np.isfinite(value)}
 
 
 def pearson(a: Floats, b: Floats) -> float:
-    """Pearson correlation; 0 where either side is constant."""
+    """Pearson correlation; NaN where either side is constant."""
     if np.ptp(a) == 0 or np.ptp(b) == 0:  # after rounding, differences to the mean may not be 0
-        return 0.0
+        return float("nan")
     x, y = a - a.mean(), b - b.mean()
     scale = float(np.sqrt((x * x).sum() * (y * y).sum()))
-    return float(np.clip((x * y).sum() / scale, -1.0, 1.0)) if scale > 0 else 0.0
+    return float(np.clip((x * y).sum() / scale, -1.0, 1.0))
 
 
 def spearman(a: Floats, b: Floats) -> float:
-    """Spearman rank correlation with mean ranks for ties; 0 where either side is constant."""
+    """Spearman rank correlation with mean ranks for ties; NaN where either side is constant."""
     return pearson(mean_ranks(a), mean_ranks(b))
 
 
 def roc_auc(score: Floats, label: npt.NDArray[np.bool_]) -> float:
-    """Chance that a positive scores above a negative, ties counting half; 0.5 where there is only
+    """Chance that a positive scores above a negative, ties counting half; NaN where there is only
     one kind."""
     positive, negative = int(label.sum()), int((~label).sum())
     if positive == 0 or negative == 0:
-        return 0.5
+        return float("nan")
     above = mean_ranks(score)[label].sum() - positive * (positive + 1) / 2
     return float(above / (positive * negative))
 

@@ -1,4 +1,4 @@
-"""Thompson sampling over millions of Beta posteriors, in time that hardly depends on how many.
+"""Thompson sampling over millions of Beta posteriors, mostly in time that does not depend on N.
 
 Of N draws only the k nearest to the target are wanted. A narrow window around the target that
 holds a few more than k of them is enough, and its members can be drawn without drawing the rest:
@@ -6,8 +6,9 @@ every task proposes a value, uniform in the window, with the same probability, a
 kept with probability density / bound. So a task ends up in the window as often, and as spread, as
 a draw from its posterior would (rejection sampling), and only tasks that propose are looked at.
 
-The result has exactly the distribution of drawing all N. Where the window is not narrow, or turns
-out to hold too few, all are drawn, given what the window already told.
+The result has exactly the distribution of drawing all N. Where the window is not narrow, because
+few tasks are near the target or the most certain posterior is far more so than most, or where it
+turns out to hold too few, all are drawn, given what the window already told.
 """
 
 from __future__ import annotations
@@ -21,6 +22,7 @@ from rft.scheduler.parts import Bools, Floats, Ints, nearest
 
 SMALL = 4096  # below, drawing all is as fast
 PILOT = 4096  # tasks that tell how wide the window must be
+CHUNK = 1 << 18  # tasks drawn at a time where all are, to bound memory
 WIDEST = 0.25  # share of tasks that may propose before drawing all is as fast
 
 Parameters = Callable[[Ints], tuple[Floats, Floats]]
@@ -45,11 +47,15 @@ def nearest_draws(
     if window is not None:
         tasks, draws = _draw_inside(parameters, *window, exclude, rng)
     if len(tasks) < k:
-        rest = exclude.copy()
-        rest[tasks] = True
-        others = np.flatnonzero(~rest)
-        more = _draw_outside(parameters, others, window, rng)
-        tasks, draws = np.concatenate([tasks, others]), np.concatenate([draws, more])
+        found = np.zeros(len(exclude), dtype=bool)
+        found[tasks] = True
+        for start in range(0, len(exclude), CHUNK):
+            chunk = slice(start, start + CHUNK)
+            others = start + np.flatnonzero(~(exclude[chunk] | found[chunk]))
+            more = _draw_outside(parameters, others, window, rng)
+            best = nearest(more, target, min(k, len(more)), rng)
+            tasks = np.concatenate([tasks, others[best]])
+            draws = np.concatenate([draws, more[best]])
     order = nearest(draws, target, k, rng)
     return tasks[order], draws[order]
 

@@ -2,8 +2,10 @@
 
 Three models that disagree about what training does, so that no result hangs on one of them. In
 each a group teaches by the standard deviation of its rewards, as in GRPO with advantages
-r - mean over std: a group that is all right or all wrong teaches nothing. None of them claims to
-be a language model.
+r - mean over std: a group that is all right or all wrong teaches nothing. Sums over a step are
+divided by the rollouts of a constant step, so that dropping such groups from the loss changes
+nothing, and spending more rollouts teaches more: columns by tokens tell what that costs. None of
+them claims to be a language model.
 """
 
 from __future__ import annotations
@@ -20,8 +22,8 @@ from rft.simulation.world import Singles, World
 
 
 class Learner(Protocol):
-    """What the simulation asks of a learner. It is built with the world, its own random generator
-    and its YAML's keys."""
+    """What the simulation asks of a learner. It is built with the world, its own random generator,
+    the rollouts of a constant step, and its YAML's keys."""
 
     def pass_rate(self, tasks: Ints) -> Floats:
         """Chance of a reward for each of `tasks` [K] now."""
@@ -41,14 +43,14 @@ class Skill:
     those of the others.
 
     With s_k the rewards' standard deviation of a group of n_k rollouts, each domain's ability
-    moves by rate * sum(n_k s_k) / sum(n_k) of its tasks, over the step's rollouts: plain SGD, in
-    which uninformative rollouts dilute the gradient. `drift` is a random walk a step.
+    moves by rate * sum(n_k s_k) over its tasks / batch: plain SGD. `drift` is a random walk a step.
     """
 
     def __init__(
         self,
         world: World,
         rng: np.random.Generator,
+        batch: int,
         *,
         rate: float = 0.02,
         transfer: float = 0.3,
@@ -56,7 +58,7 @@ class Skill:
     ) -> None:
         self._world, self._rng = world, rng
         domains = world.config.domains
-        self._rate, self._drift = rate, drift
+        self._rate, self._drift, self._batch = rate, drift, batch
         self._mixing = transfer + (1.0 - transfer) * np.eye(domains)
         self._ability = np.full(domains, world.config.trainee)
 
@@ -68,7 +70,7 @@ class Skill:
         sizes, signal = np.array([len(r) for r in rewards]), spread(rewards)
         weight = sizes * signal
         domains = self._world.domains[tasks]
-        gradient = np.bincount(domains, weight, minlength=len(self._ability)) / max(1, sizes.sum())
+        gradient = np.bincount(domains, weight, minlength=len(self._ability)) / self._batch
         # Three domains that each get a third of the rollouts learn as fast as one that gets all.
         self._ability += self._rate * len(self._ability) * (self._mixing @ gradient)
         self._ability += self._drift * self._rng.standard_normal(len(self._ability))
@@ -91,6 +93,7 @@ class Frontier:
         self,
         world: World,
         rng: np.random.Generator,
+        batch: int,
         *,
         rate: float = 0.05,
         width: float = 1.0,
@@ -98,7 +101,7 @@ class Frontier:
         points: int = 33,
     ) -> None:
         config = world.config
-        self._world, self._rate = world, rate
+        self._world, self._rate, self._batch = world, rate, batch
         self._grid = np.linspace(-4.0 * config.spread, 4.0 * config.spread, points)
         self._width = width
         self._mixing = transfer + (1.0 - transfer) * np.eye(config.domains)
@@ -110,7 +113,7 @@ class Frontier:
 
     def learn(self, tasks: Ints, rewards: Sequence[Floats]) -> None:
         sizes, signal = np.array([len(r) for r in rewards]), spread(rewards)
-        weight = sizes * signal / max(1, sizes.sum())
+        weight = sizes * signal / self._batch
         distance = self._world.difficulty[tasks][:, None] - self._grid
         kernel = np.exp(-0.5 * (distance / self._width) ** 2) * weight[:, None]
         gradient = np.zeros_like(self._ability)
@@ -147,6 +150,7 @@ class Adaptive:
         self,
         world: World,
         rng: np.random.Generator,
+        batch: int,
         *,
         rate: float = 0.006,
         noise: float = 6.0,

@@ -1,4 +1,4 @@
-"""What selection could do at best: an estimator that knows the truth."""
+"""An estimator that knows the truth."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from rft.simulation.learners import Learner
 
 
 class Oracle(Estimator):
-    """The simulated learner's true pass rates; an upper bound for estimators."""
+    """The simulated learner's true pass rates; with the same selector no estimator does better."""
 
     def __init__(self, setup: Setup, *, learner: Learner) -> None:
         super().__init__(setup)

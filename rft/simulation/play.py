@@ -15,10 +15,12 @@ from rft.config.simulation import SimulationConfig
 from rft.records import Feedback, Outcome
 from rft.scheduler.parts import Floats
 from rft.scheduler.scheduler import Scheduler
+from rft.scheduler.telemetry import spearman
 from rft.seeding import derive
 from rft.simulation.learners import Learner
 from rft.simulation.world import World, make_world
 
+PROBE = 500  # tasks on which belief and truth are compared
 ORACLE = "rft.simulation.oracle.Oracle"
 
 
@@ -26,7 +28,9 @@ ORACLE = "rft.simulation.oracle.Oracle"
 class Curve:
     """What an arm did: parallel lists, one entry an evaluation, the first before training.
 
-    `tokens` and `rollouts` are totals so far; `metrics` are means over the whole run.
+    `tokens` and `rollouts` are totals so far; `spearman` correlates believed and true pass rates of
+    random tasks, None where the belief is constant. `metrics` has each of the scheduler's metrics,
+    its mean over the run and, as `last/...`, its last value.
     """
 
     arm: str
@@ -36,6 +40,7 @@ class Curve:
     accuracy: list[float] = field(default_factory=list)
     tokens: list[float] = field(default_factory=list)
     rollouts: list[int] = field(default_factory=list)
+    spearman: list[float | None] = field(default_factory=list)
     metrics: dict[str, float] = field(default_factory=dict)
 
 
@@ -43,7 +48,8 @@ def play(config: SimulationConfig, arm: str, learner: str, seed: int) -> Curve:
     """Simulate one run."""
     world = make_world(config.world, seed)
     rng = np.random.default_rng(derive(seed, "learner"))
-    policy: Learner = build(config.simulated_learner, world, rng)
+    batch = config.tasks_per_step * config.rollouts_per_task
+    policy: Learner = build(config.simulated_learner, world, rng, batch)
     curve = Curve(arm, learner, seed)
     with tempfile.TemporaryDirectory(prefix="rft-simulate-") as folder:
         scheduler = make_scheduler(config, world, policy, seed, Path(folder))
@@ -56,8 +62,10 @@ def play(config: SimulationConfig, arm: str, learner: str, seed: int) -> Curve:
                 curve.accuracy.append(policy.accuracy())
                 curve.tokens.append(run.tokens)
                 curve.rollouts.append(run.rollouts)
+                curve.spearman.append(run.agreement())
         scheduler.close()
-    curve.metrics = {name: float(np.mean(values)) for name, values in run.metrics.items()}
+    for name, values in run.metrics.items():
+        curve.metrics |= {name: float(np.mean(values)), f"last/{name}": values[-1]}
     return curve
 
 
@@ -97,6 +105,9 @@ class Run:
         self._config, self._world, self._policy = config, world, policy
         self._scheduler, self._seed = scheduler, seed
         self._late: deque[Feedback] = deque()
+        self._version = 0
+        rng = np.random.default_rng(derive(seed, "probe"))
+        self._probe = rng.choice(world.config.tasks, min(PROBE, world.config.tasks), replace=False)
         self.tokens, self.rollouts = 0.0, 0
         self.metrics: dict[str, list[float]] = {}
 
@@ -112,15 +123,24 @@ class Run:
                 if found:
                     groups.setdefault(task, []).extend(found)
             round += 1
-        if self._config.transforms:
-            groups = {task: group for task, group in groups.items() if min(group) < max(group)}
-        rewards = [np.array(group) for group in groups.values()]
-        self._policy.learn(np.array([int(task) for task in groups], dtype=np.int64), rewards)
-        self._late.append(Feedback(step, step - 1, tuple(outcomes)))
+        # As in training, the scheduler learns before the policy does.
+        self._late.append(Feedback(step, self._version, tuple(outcomes)))
         if len(self._late) > self._config.delay:
             metrics = self._scheduler.observe(self._late.popleft())
             for name, value in metrics.items():
                 self.metrics.setdefault(name, []).append(value)
+        rewards = [np.array(group) for group in groups.values()]
+        self._policy.learn(np.array([int(task) for task in groups], dtype=np.int64), rewards)
+        self._version += any(group.min() < group.max() for group in rewards)
+
+    def agreement(self) -> float | None:
+        """Spearman correlation of believed and true pass rates, over the same tasks each time."""
+        believed, _ = self._scheduler.predict(self._probe)
+        known = np.isfinite(believed)
+        if not known.any():
+            return None
+        found = spearman(believed[known], self._policy.pass_rate(self._probe)[known])
+        return found if np.isfinite(found) else None
 
     def _roll_out(
         self, requests: tuple[tuple[str, int], ...], rng: np.random.Generator

@@ -34,7 +34,7 @@ class Cell:
 
     def __str__(self) -> str:
         if self.found == 0:
-            return "never"
+            return "–"
         text = f"{self.mean:.2f}" + (f" ±{self.half:.2f}" if np.isfinite(self.half) else "")
         return text if self.found == self.seeds else f"{text} ({self.found}/{self.seeds})"
 
@@ -66,10 +66,12 @@ def ttb(
     curve: Curve, baseline: Curve, share: float, clock: Callable[[Curve], Sequence[float]]
 ) -> float:
     """Time to baseline: when this curve reaches `share` of the baseline's best improvement, over
-    when the baseline does; by steps or by tokens. Below 1 is better."""
+    when the baseline does; by steps or by tokens. Below 1 is better; NaN if it never does, or if
+    the baseline never improves."""
     start = baseline.accuracy[0]
     target = start + share * (max(baseline.accuracy) - start)
-    return time_to(curve, target, clock(curve)) / time_to(baseline, target, clock(baseline))
+    base = time_to(baseline, target, clock(baseline))
+    return time_to(curve, target, clock(curve)) / base if base > 0 else float("nan")
 
 
 def bsf(curve: Curve, baseline: Curve, window: float) -> float:
@@ -91,8 +93,9 @@ def measures(curve: Curve, baseline: Curve) -> dict[str, float]:
     columns["TTB 100%, tokens"] = ttb(curve, baseline, 1.0, tokens)
     columns |= {f"BSF {window:.0%}": bsf(curve, baseline, window) for window in WINDOWS}
     columns["ETR"] = curve.metrics.get("selection/effective_task_ratio", float("nan"))
-    columns["coverage"] = curve.metrics.get("selection/coverage", float("nan"))
-    columns["Spearman"] = curve.metrics.get("estimate/spearman", float("nan"))
+    columns["coverage"] = curve.metrics.get("last/selection/coverage", float("nan"))
+    known = [value for value in curve.spearman if value is not None]
+    columns["Spearman"] = float(np.mean(known)) if known else float("nan")
     columns["tokens"] = curve.tokens[-1] / baseline.tokens[-1]
     columns["rollouts"] = curve.rollouts[-1] / baseline.rollouts[-1]
     return columns

@@ -9,7 +9,7 @@ import numpy.typing as npt
 from scipy.special import expit
 
 from rft.config.simulation import WorldConfig
-from rft.scheduler.parts import Floats, Ints, PoolView
+from rft.scheduler.parts import Floats, PoolView
 from rft.seeding import derive
 
 Singles = npt.NDArray[np.float32]
@@ -20,30 +20,31 @@ class World:
     """Tasks [N] and held-out tasks [E]. Difficulties are in logits: a policy of ability a solves a
     task of difficulty b with probability expit(steepness (a - b)).
 
-    `difficulty` is the trainee's own, which the references know up to noise; `solvable` is false
-    where the label is wrong and no answer is ever rewarded. `embeddings` [N, h] tell domain and
-    difficulty with noise, as a prompt's text would.
+    `difficulty` is the trainee's own; `shared` is the part of it that the references and a prompt's
+    text know of. `solvable` is false where the label is wrong and the trainee's answers are never
+    rewarded.
     """
 
     config: WorldConfig
     pool: PoolView
+    shared: Singles
     difficulty: Singles
     domains: npt.NDArray[np.int16]
     solvable: npt.NDArray[np.bool_]
     held_out: Floats
     held_out_domains: npt.NDArray[np.int16]
 
-    def embeddings(self, seed: int, tasks: Ints | slice = slice(None), size: int = 16) -> Singles:
-        """[N, size]: random projections of difficulty and domain, and noise."""
+    def embeddings(self, seed: int, size: int = 16) -> Singles:
+        """[N, size]: random projections of shared difficulty and domain, and noise. At the default
+        noise a linear fit explains about as much of the difficulty as the references do."""
         rng = np.random.default_rng(derive(seed, "embeddings"))
         features = np.column_stack(
-            [self.difficulty / self.config.spread]
+            [self.shared / self.config.spread]
             + [self.domains == d for d in range(self.config.domains)]
         )
         mixed = features @ rng.standard_normal((features.shape[1], size))
         mixed += self.config.embedding_noise * rng.standard_normal(mixed.shape)
-        found: Singles = mixed.astype(np.float32)[tasks]
-        return found
+        return mixed.astype(np.float32)
 
 
 def make_world(config: WorldConfig, seed: int) -> World:
@@ -55,9 +56,11 @@ def make_world(config: WorldConfig, seed: int) -> World:
     shared = config.spread * rng.standard_normal(n, dtype=np.float32) + offsets[domains]
     own = config.reference_noise * rng.standard_normal(n, dtype=np.float32)
     solvable = rng.random(n) >= config.mislabelled
+    # Some wrong labels are mistakes that the references share: they look solvable.
+    looks_solvable = solvable | (rng.random(n) < config.misleading)
 
     def rates(ability: float) -> Floats:
-        p = np.where(solvable, expit(config.steepness * (ability - shared)), 0.0)
+        p = np.where(looks_solvable, expit(config.steepness * (ability - shared)), 0.0)
         found = rng.binomial(config.reference_samples, p) / config.reference_samples
         return np.where(rng.random(n) < config.unknown_references, np.nan, found)
 
@@ -65,9 +68,11 @@ def make_world(config: WorldConfig, seed: int) -> World:
     pool = PoolView(range(n), rates(config.weak), rates(config.strong), domains, names)
     held_domains = rng.integers(config.domains, size=config.held_out).astype(np.int16)
     held_out = config.spread * rng.standard_normal(config.held_out) + offsets[held_domains]
+    held_out += config.reference_noise * rng.standard_normal(config.held_out)
     return World(
         config,
         pool,
+        shared.astype(np.float32),
         (shared + own).astype(np.float32),
         domains,
         solvable,

@@ -50,8 +50,10 @@ class BetaEstimator(Estimator):
     whose rates are not published, is both rates and no implicit evidence.
 
     **Time is counted in policy versions.** A step that made no update forgets nothing; one with
-    two updates forgets twice. Evidence that comes late is worth what it would be by now had it
-    come in time, so explicit evidence may arrive in any order.
+    two updates forgets twice, so with learner.updates = u a step forgets
+    1 - (1 - forgetting)^u. Evidence that comes late is worth what it would be by now had it come
+    in time, and replaces what was implied meanwhile for its version: the order in which feedback
+    arrives matters to c alone.
 
     **What is unknown says nothing.** A task with an unknown (NaN) reference gets no implicit
     evidence and no say in c; so does every task until c is known. A batch whose mean references
@@ -80,7 +82,7 @@ class BetaEstimator(Estimator):
         implicit_weight: float = 0.1,
         capability_decay: float = 0.9,
         visit_forgetting: float = 0.0,
-        min_gap: float = 0.02,
+        min_gap: float = 0.05,
         adaptive: bool = False,
         per_domain: bool = False,
         prior: Literal["uniform", "weak", "strong"] = "uniform",
@@ -93,7 +95,11 @@ class BetaEstimator(Estimator):
         self._decay = in_unit_interval(f"{where}.capability_decay", capability_decay)
         self._visit_keep = 1.0 - in_unit_interval(f"{where}.visit_forgetting", visit_forgetting)
         at_least(f"{where}.min_gap", min_gap, 1e-9)
-        at_least(f"{where}.prior_evidence", prior_evidence, 2.0)
+        if not 2.0 <= prior_evidence <= 1e6 or (prior == "uniform") != (prior_evidence == 2.0):
+            raise RftError(
+                f"{where}.prior={prior} with prior_evidence={prior_evidence}; a uniform prior is "
+                "worth 2 rollouts, one from a reference more, up to 1e6"
+            )
         self._min_gap, self._adaptive = min_gap, adaptive
         pool = setup.pool
         known = check_references(pool.weak, pool.strong)
@@ -190,12 +196,21 @@ class BetaEstimator(Estimator):
             return {}
         metrics = self._update_capability(report)
         elapsed = max(0, report.version - self._clock)
-        before = self._excess(report.tasks)
+        cell = self._cell[report.tasks]
+        before, shared = self._excess(report.tasks), self._cell_excess(cell)
         self._advance(elapsed)
-        late = self._keep ** (self._clock - report.version)
-        explicit = late * np.stack([report.total, report.n - report.total])
-        now = before * (self._keep**elapsed * self._visit_keep) + np.maximum(explicit, 0.0)
-        self._task_excess[:, report.tasks] = now - self._cell_excess(self._cell[report.tasks])
+        keep, late = self._keep**elapsed, self._keep ** (self._clock - report.version)
+        after = self._cell_excess(cell)
+        # What was observed takes the place of what was implied at that version, once.
+        rate = self.implicit_rate(report.tasks)
+        said = np.isfinite(rate) & (self._seen[report.tasks] < report.version)
+        implied = np.where(said, np.stack([rate, 1.0 - rate]), 0.0)
+        implied *= self._weight * self.setup.rollouts_per_task
+        explicit = np.stack([report.total, report.n - report.total])
+        now = before * (keep * self._visit_keep) + (after - keep * shared)
+        now += late * (np.maximum(explicit, 0.0) - np.minimum(implied, after))
+        now = np.maximum(now, 0.0)
+        self._task_excess[:, report.tasks] = now - after
         self._seen[report.tasks] = self._clock
         self._most_excess = max(self._most_excess, float(now.sum(axis=0).max()))
         return metrics
@@ -251,7 +266,7 @@ class BetaEstimator(Estimator):
         self._evidence = keep * self._evidence + scale * known
         self._moment = keep * self._moment + scale * c
         self._correct(keep, scale if ((c < 0.0) | (c > 1.0)).any() else 0.0)
-        self._most_excess = keep * self._most_excess + scale
+        self._most_excess = keep * self._most_excess + scale * known.any()
 
     def _correct(self, keep: float, scale: float) -> None:
         """Forget corrections, and add to them what clipping p changes by now."""

@@ -99,7 +99,9 @@ class TargetDistance(Selector):
         if self._temperature > 0:
             # The k largest of score / temperature plus Gumbel noise are such a sample.
             noise = view.rng.gumbel(size=len(loss))
-            order = np.argsort(loss / self._temperature - noise, kind="stable")[:k]
+            key = loss / self._temperature - noise
+            first = np.argpartition(key, k - 1)[:k] if 0 < k < len(key) else np.arange(len(key))
+            order = first[np.argsort(key[first], kind="stable")][:k]
         else:
             order = nearest(loss, best, k, view.rng)
         view.draws = rates[order]
