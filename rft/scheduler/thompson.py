@@ -21,7 +21,7 @@ from scipy import special
 from rft.scheduler.parts import Bools, Floats, Ints, nearest
 
 SMALL = 4096  # below, drawing all is as fast
-PILOT = 4096  # tasks that tell how wide the window must be
+PILOT = 2048  # tasks that tell how wide the window must be
 CHUNK = 1 << 18  # tasks drawn at a time where all are, to bound memory
 WIDEST = 0.25  # share of tasks that may propose before drawing all is as fast
 
@@ -139,8 +139,10 @@ def highest_density(x: float, evidence: float) -> float:
         return 1.0
     logit = special.logit(x)
     a = 1.0 + x * (evidence - 2.0)
-    for _ in range(20):
-        slope = special.polygamma(1, a) + special.polygamma(1, evidence - a)
+    for _ in range(30):
+        slope = special.zeta(2.0, a) + special.zeta(2.0, evidence - a)  # zeta(2, .) is trigamma
         step = (special.digamma(a) - special.digamma(evidence - a) - logit) / slope
         a = min(max(a - step, 1.0), evidence - 1.0)
+        if abs(step) < 1e-9 * a:  # the density is flat there: its own error is the square of this
+            break
     return float(density(x, np.array(a), np.array(evidence - a)) * (1.0 + 1e-9))

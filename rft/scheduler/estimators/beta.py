@@ -117,7 +117,7 @@ class BetaEstimator(Estimator):
         self._correction = np.zeros(len(self._weak))
         self._corrected = 0.0  # share of the latest correction that is not forgotten yet
         # Of visited tasks: over their cell's, as it was at version `_seen`.
-        self._task_excess = np.zeros((2, len(pool)))
+        self._task_excess = np.zeros((len(pool), 2))  # side by side, as they are read together
         self._seen = np.full(len(pool), -1, dtype=np.int32)
         self._most_excess = 0.0  # no task has more in alpha and beta together
 
@@ -150,10 +150,12 @@ class BetaEstimator(Estimator):
 
     def _excess(self, tasks: Ints) -> Floats:
         """What alpha and beta of `tasks` have over their prior, [2, K]."""
-        age = self._clock - self._seen[tasks]
+        excess, seen = self._cell_excess(self._cell[tasks]), self._seen[tasks]
+        visited = np.flatnonzero(seen >= 0)  # most are not: their memory is not touched
+        own = self._task_excess[tasks[visited]].T * self._keep ** (self._clock - seen[visited])
+        excess[:, visited] += own
         # Rounding may leave a difference a hair below what the cell has.
-        own = self._task_excess[:, tasks] * self._keep**age
-        return np.maximum(self._cell_excess(self._cell[tasks]) + own, 0.0)
+        return np.maximum(excess, 0.0)
 
     def _cell_excess(self, cell: npt.NDArray[np.int32]) -> Floats:
         """What alpha and beta of cells have over their prior, [2, K]."""
@@ -163,7 +165,8 @@ class BetaEstimator(Estimator):
         domain = self._domains_of(cell)
         weak = self._weak[cell]
         alpha = self._evidence[domain] * weak + self._moment[domain] * (self._strong[cell] - weak)
-        alpha += self._correction[cell]
+        if self._corrected:
+            alpha += self._correction[cell]
         excess[:, known] = alpha, self._evidence[domain] - alpha
         return excess
 
@@ -210,7 +213,7 @@ class BetaEstimator(Estimator):
         now = before * (keep * self._visit_keep) + (after - keep * shared)
         now += late * (np.maximum(explicit, 0.0) - np.minimum(implied, after))
         now = np.maximum(now, 0.0)
-        self._task_excess[:, report.tasks] = now - after
+        self._task_excess[report.tasks] = (now - after).T
         self._seen[report.tasks] = self._clock
         self._most_excess = max(self._most_excess, float(now.sum(axis=0).max()))
         return metrics
@@ -298,7 +301,7 @@ class BetaEstimator(Estimator):
             "corrected": self._corrected,
             "correction": self._correction[: None if self._corrected else 0].copy(),
             "visited": visited,
-            "excess": self._task_excess[:, visited],
+            "excess": self._task_excess[visited],
             "seen": self._seen[visited],
         }
 
@@ -310,7 +313,7 @@ class BetaEstimator(Estimator):
         if self._corrected:
             self._correction[:] = state["correction"]
         self._task_excess[:], self._seen[:] = 0.0, -1
-        self._task_excess[:, state["visited"]] = state["excess"]
+        self._task_excess[state["visited"]] = state["excess"]
         self._seen[state["visited"]] = state["seen"]
 
 
