@@ -115,8 +115,10 @@ def test_vllm_agrees_with_the_learner_at_any_temperature(tiny_model: Path, tmp_p
         ["model.dtype=bfloat16", "objective.aggregation=sequence_mean", "learner.zero_stage=2"],
         ["model.gradient_checkpointing=true", "objective.aggregation=constant", "rollout=vllm",
          "rollout.max_tokens=12"],
+        ["scheduler=greso", "scheduler/planner@scheduler.planner.inner=knapsack"],
+        ["scheduler=mopps", "scheduler/planner=xrpo"],
     ],
-    ids=["zero3-uniform", "kl-updates", "bfloat16", "vllm-inline"],
+    ids=["zero3-uniform", "kl-updates", "bfloat16", "vllm-inline", "greso-knapsack", "mopps-xrpo"],
 )  # fmt: skip
 def test_runs_by_override_alone(extra: list[str], tiny_model: Path, tmp_path: Path) -> None:
     check(train(*overrides(tiny_model, tmp_path, "run", "steps=3", *extra)))

@@ -107,9 +107,8 @@ class BetaEstimator(Estimator):
             raise RftError(f"{where}.per_domain=true and the pool has no domains; add that column")
         self._make_cells(known, pool.domains if per_domain else None)
         domains = len(pool.domain_names) if per_domain else 1
-        reference = {"uniform": np.full(len(pool), 0.5), "weak": pool.weak, "strong": pool.strong}
-        self._prior_extra = prior_evidence - 2.0 if prior != "uniform" else 0.0
-        self._prior_rate = reference[prior] if self._prior_extra else None
+        self._prior_extra = prior_evidence - 2.0
+        self._prior_rate = {"weak": pool.weak, "strong": pool.strong}.get(prior)
         self._clock = -1  # the newest version of which something was observed
         self._capability = np.full(domains, np.nan)
         # What alpha and beta exceed the prior by. Of cells: E and M of each domain, corrections.
