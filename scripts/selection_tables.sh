@@ -26,3 +26,5 @@ for world in mislabelled bad_references easy; do
 done
 simulate large_pool "arms=[$main]" world.tasks=30000 seeds=5
 simulate late "arms=[$main]" delay=8 seeds=5
+simulate adaptive_weight "arms=[uniform,bots,'bots scheduler.estimator.adaptive=true']" \
+    world=bad_references seeds=5
