@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import hashlib
 from collections.abc import Sequence
-from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -28,12 +27,11 @@ from rft.scheduler.parts import (
     Planner,
     PlanView,
     PoolView,
-    Report,
     Selector,
     SelectView,
     Setup,
-    Tally,
 )
+from rft.scheduler.plans import OpenPlan, check, make_report, tallies
 from rft.scheduler.telemetry import Visits, step_metrics
 from rft.seeding import derive
 from rft.state import load_state, save_state
@@ -41,24 +39,6 @@ from rft.state import load_state, save_state
 SNAPSHOT = "snapshot.safetensors"
 FORMAT = 2
 """Of snapshot and journal."""
-
-
-@dataclass
-class OpenPlan:
-    """A plan that waits for its feedback: what was asked in each round and what came back."""
-
-    rounds: list[tuple[Ask, ...]] = field(default_factory=list)
-    parts: dict[int, Feedback] = field(default_factory=dict)
-    drawn: int = 0
-
-    def tasks(self) -> list[int]:
-        """Every task asked for, in the order of the first time."""
-        return list(dict.fromkeys(task for asks in self.rounds for task, _ in asks))
-
-    def complete(self) -> bool:
-        """Whether all parts of the feedback are there, up to the one that says it is the last."""
-        last = [part for part, feedback in self.parts.items() if feedback.last]
-        return bool(last) and set(range(last[0] + 1)) <= self.parts.keys()
 
 
 class Scheduler:
@@ -154,7 +134,7 @@ class Scheduler:
             setup.tasks_per_step,
             setup.rollouts_per_task,
             tuple(plan.rounds),
-            tallies(self._indices(step, plan), so_far),
+            tallies(self._indices(plan), so_far),
             draw,
             self._estimator.predict,
         )
@@ -184,7 +164,7 @@ class Scheduler:
         """How far the epochs were walked by all plans, the open ones included."""
         return max([self._drawn, *(plan.drawn for plan in self._open.values())])
 
-    def _indices(self, step: int, plan: OpenPlan) -> dict[str, int]:
+    def _indices(self, plan: OpenPlan) -> dict[str, int]:
         """Task ids of a plan to indices; the pool at large needs no such table."""
         return {str(self._setup.pool.ids[task]): task for task in plan.tasks()}
 
@@ -216,7 +196,7 @@ class Scheduler:
             raise RftError(f"there is feedback of step {step}, which was not planned")
         if part in plan.parts:
             return {}
-        self._check(plan, feedback)
+        check(self._indices(plan), plan, feedback)
         # On disk first: what is learnt must not be ahead of what a restart would learn again.
         self._journal.write(
             "feedback",
@@ -230,37 +210,9 @@ class Scheduler:
         # A copy: inline, the caller would be adding to ours.
         return dict(self._settle(step, plan)) if plan.complete() else {}
 
-    def _check(self, plan: OpenPlan, feedback: Feedback) -> None:
-        indices = self._indices(feedback.step, plan)
-        asked: dict[int, int] = {}
-        for asks in plan.rounds:
-            for task, n in asks:
-                asked[task] = asked.get(task, 0) + n
-        got: dict[int, int] = {}
-        parts = [*plan.parts.values(), feedback]
-        for outcome in (o for part in parts for o in part.outcomes):
-            task = indices.get(outcome.task, -1)
-            if task < 0:
-                raise RftError(
-                    f"there is feedback of task {outcome.task!r}, which is not in the plan of step "
-                    f"{feedback.step}"
-                )
-            got[task] = got.get(task, 0) + outcome.n
-            if got[task] > asked[task]:
-                raise RftError(
-                    f"task {outcome.task!r} has {got[task]} rollouts in step {feedback.step}, of "
-                    f"{asked[task]} that were asked for: something was counted twice"
-                )
-            for reward in outcome.rewards:
-                if not 0.0 <= reward <= 1.0:
-                    raise RftError(
-                        f"task {outcome.task!r} has the reward {reward}; rewards must lie in "
-                        "[0, 1]: mend the verifier"
-                    )
-
     def _settle(self, step: int, plan: OpenPlan) -> Metrics:
         """Learn from a plan whose feedback is complete."""
-        report = make_report(step, plan, self._indices(step, plan))
+        report = make_report(step, plan, self._indices(plan))
         metrics: Metrics = {}
         if len(report.tasks):
             predicted, _ = self._estimator.predict(report.tasks)
@@ -373,43 +325,6 @@ def make_parts(
 ) -> tuple[Estimator, Selector, Planner]:
     """The three parts. Raises `RftError` for keys that cannot work, or not with this pool."""
     return build(estimator, setup), build(selector, setup), build(planner, setup)
-
-
-def tallies(indices: dict[str, int], outcomes: Sequence[Outcome]) -> dict[int, Tally]:
-    """Each task's rewards, by index, its rounds in order; a task without any is missing."""
-    rewards: dict[int, list[float]] = {}
-    first: dict[int, tuple[int, int]] = {}  # first round, and how many rewards are of it
-    for o in sorted(outcomes, key=lambda o: o.round):
-        if o.n == 0:
-            continue
-        if o.task not in indices:
-            raise RftError(f"there is an outcome of task {o.task!r}, which was not planned")
-        task = indices[o.task]
-        rewards.setdefault(task, []).extend(o.rewards)
-        round, n = first.get(task, (o.round, 0))
-        first[task] = (round, n + o.n if o.round == round else n)
-    return {task: Tally(tuple(r), first[task][1]) for task, r in rewards.items()}
-
-
-def make_report(step: int, plan: OpenPlan, indices: dict[str, int]) -> Report:
-    """All parts of a plan's feedback as one."""
-    found = tallies(indices, [o for _, p in sorted(plan.parts.items()) for o in p.outcomes])
-    planned = plan.tasks()
-    tasks = [task for task in planned if task in found]
-
-    def column(values: list[float]) -> Floats:
-        return np.array(values, dtype=np.float64)
-
-    return Report(
-        step,
-        max(part.version for part in plan.parts.values()),
-        np.array(tasks, dtype=np.int64),
-        column([found[task].n for task in tasks]),
-        column([found[task].total for task in tasks]),
-        column([found[task].rate for task in tasks]),
-        np.array(planned, dtype=np.int64),
-        plan.drawn,
-    )
 
 
 def digest(pool: PoolView) -> str:

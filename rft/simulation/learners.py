@@ -38,7 +38,20 @@ class Learner(Protocol):
         ...
 
 
-class Skill:
+class OfDomains:
+    """One ability a domain, of which `transfer` is shared."""
+
+    def __init__(self, world: World, transfer: float) -> None:
+        self._world = world
+        domains = world.config.domains
+        self._mixing = transfer + (1.0 - transfer) * np.eye(domains)
+        self._ability = np.full(domains, world.config.trainee)
+
+    def accuracy(self) -> float:
+        return held_out(self._world, self._ability[self._world.held_out_domains])
+
+
+class Skill(OfDomains):
     """One ability a domain; every informative group raises that of its domain and, by `transfer`,
     those of the others.
 
@@ -56,11 +69,8 @@ class Skill:
         transfer: float = 0.3,
         drift: float = 0.003,
     ) -> None:
-        self._world, self._rng = world, rng
-        domains = world.config.domains
-        self._rate, self._drift, self._batch = rate, drift, batch
-        self._mixing = transfer + (1.0 - transfer) * np.eye(domains)
-        self._ability = np.full(domains, world.config.trainee)
+        super().__init__(world, transfer)
+        self._rng, self._rate, self._drift, self._batch = rng, rate, drift, batch
 
     def pass_rate(self, tasks: Ints) -> Floats:
         ability = self._ability[self._world.domains[tasks]]
@@ -74,11 +84,6 @@ class Skill:
         # Three domains that each get a third of the rollouts learn as fast as one that gets all.
         self._ability += self._rate * len(self._ability) * (self._mixing @ gradient)
         self._ability += self._drift * self._rng.standard_normal(len(self._ability))
-
-    def accuracy(self) -> float:
-        world = self._world
-        ability = self._ability[world.held_out_domains]
-        return float(expit(world.config.steepness * (ability - world.held_out)).mean())
 
 
 class Frontier:
@@ -122,8 +127,7 @@ class Frontier:
 
     def accuracy(self) -> float:
         world = self._world
-        ability = self._at(world.held_out_domains, world.held_out)
-        return float(expit(world.config.steepness * (ability - world.held_out)).mean())
+        return held_out(world, self._at(world.held_out_domains, world.held_out))
 
     def _at(self, domains: npt.NDArray[np.int16], difficulty: Floats | Singles) -> Floats:
         """Ability at each difficulty, linear between the points of the grid."""
@@ -136,7 +140,7 @@ class Frontier:
         return found
 
 
-class Adaptive:
+class Adaptive(OfDomains):
     """An optimizer that normalises its step, as Adam does, and a policy that memorises.
 
     The step's length is rate * snr / sqrt(1 + snr^2), where the signal-to-noise ratio grows with
@@ -158,11 +162,8 @@ class Adaptive:
         recall: float = 0.3,
         transfer: float = 0.3,
     ) -> None:
-        self._world = world
+        super().__init__(world, transfer)
         self._rate, self._noise, self._memory, self._recall = rate, noise, memory, recall
-        domains = world.config.domains
-        self._mixing = transfer + (1.0 - transfer) * np.eye(domains)
-        self._ability = np.full(domains, world.config.trainee)
         self._visits = np.zeros(world.config.tasks, dtype=np.float32)
 
     def pass_rate(self, tasks: Ints) -> Floats:
@@ -183,17 +184,17 @@ class Adaptive:
             self._ability += size * (self._mixing @ share)
         self._visits[tasks] += (signal > 0).astype(np.float32)
 
-    def accuracy(self) -> float:
-        world = self._world
-        ability = self._ability[world.held_out_domains]
-        return float(expit(world.config.steepness * (ability - world.held_out)).mean())
-
 
 def chance(world: World, tasks: Ints, ability: Floats, extra: Floats | float = 0.0) -> Floats:
     """Pass rates of `tasks` at these abilities, `extra` logits added."""
     logit = world.config.steepness * (ability - world.difficulty[tasks]) + extra
     rate: Floats = np.where(world.solvable[tasks], expit(logit), 0.0)
     return rate
+
+
+def held_out(world: World, ability: Floats) -> float:
+    """Expected pass rate of the held-out tasks at these abilities."""
+    return float(expit(world.config.steepness * (ability - world.held_out)).mean())
 
 
 def spread(rewards: Sequence[Floats]) -> Floats:
