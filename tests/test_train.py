@@ -277,7 +277,10 @@ BAD = {
     "not a choice": (["learner.schedule=cosin"], "did you mean 'cosine'"),
     "out of range": (["learner.zero_stage=4"], "learner.zero_stage=4"),
     "unknown argument of a part": (["+scheduler.selector.targte=0.4"], "did you mean 'target'"),
-    "no such part": (["scheduler.selector._target_=rft.scheduler.selectors.Unifrm"], "'Uniform'"),
+    "no such part": (
+        ["scheduler.selector._target_=rft.scheduler.selectors.uniform.Unifrm"],
+        "'Uniform'",
+    ),
     "no model": (["model.path=/nowhere/model"], "model.path=/nowhere/model"),
     "no pool": (["tasks.train=nowhere.jsonl"], "tasks.train=nowhere.jsonl"),
     "more positions than the model has": (["rollout.max_tokens=60"], "64 positions"),

@@ -43,10 +43,6 @@ class Cluster(Protocol):
         """The address at which other workers reach this one's machine."""
         ...
 
-    def warm(self, handle: Handle) -> None:
-        """Have a process ready for a successor of this worker, so that a restart takes less."""
-        ...
-
     def kill(self, handle: Handle) -> None:
         """End a worker at once."""
         ...
@@ -90,9 +86,6 @@ class InlineCluster:
 
     def host(self, handle: Handle) -> str:
         return "127.0.0.1"
-
-    def warm(self, handle: Handle) -> None:
-        """Nothing to prepare: there are no processes."""
 
     def kill(self, handle: Handle) -> None:
         """Nothing to end: the part dies with this process."""

@@ -146,11 +146,8 @@ class SchedulerClient:
 
     def __init__(self, cluster: Cluster, spawn: Callable[[], Handle]) -> None:
         self._cluster, self._spawn = cluster, spawn
+        self._handle = spawn()
         self._prepared: tuple[int, Any] | None = None
-        self._start()
-
-    def _start(self) -> None:
-        self._handle, self._prepared, self._warm = self._spawn(), None, False
 
     def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
         """The next round of a step's plan; the first one may have been prepared."""
@@ -178,19 +175,14 @@ class SchedulerClient:
             pending = started if started is not None else self._handle.call(method, *args)
             started = None
             try:
-                (found,) = self._cluster.gather(
+                return self._cluster.gather(
                     [pending], what=f"the scheduler's {method}", deadline=self.DEADLINE
-                )
+                )[0]
             except PartDied:
                 if attempt == self.ATTEMPTS - 1:
                     raise
                 self._cluster.kill(self._handle)  # a hung one must not write the journal too
-                self._start()
-                continue
-            if not self._warm:  # not before it works: it would take the time of the restart
-                self._cluster.warm(self._handle)
-                self._warm = True
-            return found
+                self._handle, self._prepared = self._spawn(), None
         raise AssertionError("unreachable")
 
 

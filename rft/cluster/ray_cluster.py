@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import gc
-import importlib
 import os
 import shutil
 import signal
@@ -66,16 +65,11 @@ class Host:
         return str(ray.util.get_node_ip_address())
 
 
-def find(target: str) -> None:
-    """Import what `target` names, to have it imported."""
-    importlib.import_module(target.rpartition(".")[0])
-
-
 class RayHandle:
     """A part in an actor."""
 
-    def __init__(self, name: str, actor: ActorHandle, target: str) -> None:
-        self.name, self.actor, self.target = name, actor, target
+    def __init__(self, name: str, actor: ActorHandle) -> None:
+        self.name, self.actor = name, actor
 
     def call(self, method: str, *args: Any) -> Any:
         return self.actor.call.remote(method, *args)
@@ -140,13 +134,8 @@ class RayCluster:
                 self._gpus, placement_group_bundle_index=gpu
             )
         actor = ray.remote(Host).options(**options).remote(target, kwargs)
-        self._handles.append(RayHandle(name, actor, target))
+        self._handles.append(RayHandle(name, actor))
         return self._handles[-1]
-
-    def warm(self, handle: Handle) -> None:
-        assert isinstance(handle, RayHandle)
-        # A task's process stays for a while and takes the next actor, its imports done.
-        ray.remote(find).options(num_cpus=0).remote(handle.target)
 
     def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
         end = time.monotonic() + deadline
