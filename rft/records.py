@@ -1,7 +1,7 @@
 """The records that parts exchange: frozen, typed, without behaviour beyond counting.
 
->>> Outcome(task="r-abc", rewards=(1.0, 0.0, 0.0, 0.0)).rate
-0.25
+>>> Outcome(task="r-abc", rewards=(1.0, 0.0, 0.0, 0.0)).n
+4
 """
 
 from __future__ import annotations
@@ -93,16 +93,6 @@ class Outcome:
     def n(self) -> int:
         """Rollouts that were scored."""
         return len(self.rewards)
-
-    @property
-    def total(self) -> float:
-        """Sum of their rewards."""
-        return float(sum(self.rewards))
-
-    @property
-    def rate(self) -> float:
-        """Observed pass rate, in [0, 1]."""
-        return self.total / self.n
 
 
 @dataclass(frozen=True, slots=True)

@@ -103,14 +103,16 @@ def compose(overrides: Sequence[str]) -> SimulationConfig:
     from hydra.core.config_store import ConfigStore
     from omegaconf import OmegaConf
 
+    from rft.config.compose import strict
     from rft.config.simulation import SimulationConfig
 
     ConfigStore.instance().store(name="simulation_schema", node=SimulationConfig)
     with hydra.initialize_config_module("rft.configs", version_base="1.3"):
         composed = hydra.compose("simulate", [*overrides])
-    tree = OmegaConf.to_container(composed, resolve=True)
-    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(SimulationConfig), tree))
-    assert isinstance(config, SimulationConfig)
+    estimator = composed.scheduler.estimator
+    if OmegaConf.is_missing(estimator, "embeddings"):
+        estimator.embeddings = "simulated"  # the file is made with the world
+    config = strict(composed, SimulationConfig)
     check(config)
     return config
 
@@ -124,9 +126,6 @@ def compose_arms(
         preset, *more = arm.split()
         for learner in config.learners:
             own = [f"scheduler={preset}", f"simulated_learner={learner}", *more]
-            # An arm's estimator over embeddings gets its file from the simulation.
-            if preset in ("pcl", "dots"):
-                own.append("scheduler.estimator.embeddings=simulated")
             found.setdefault(arm, {})[learner] = composed = compose([*overrides, *own])
             for key in SHARED:
                 if getattr(composed, key) != getattr(config, key):

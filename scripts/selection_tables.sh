@@ -10,6 +10,7 @@ main=uniform,bots,bots_dots,bots_mopps,adarft,dapo,bots_dapo,oracle
 others=uniform,epoch,easy_to_hard,mopps,vade,greso,mixture,pcl,dots
 others+=,speed,knapsack,coba,dars,e3,reinforce_ada,xrpo
 others+=",'bots scheduler/planner=coba','bots scheduler/selector=cooldown'"
+others+=",'bots scheduler/selector=coverage'"
 
 simulate() {
     name=$1

@@ -453,7 +453,7 @@ def ada(stop: Any, size: int = 20_000) -> ReinforceAda:
 @pytest.mark.parametrize(("stop", "biased"), [("positive", 0.1302), ("balanced", 0.1318)])
 def test_only_the_first_round_of_reinforce_ada_is_unbiased(stop: str, biased: float) -> None:
     tallies = World(np.full(20_000, 0.1)).play(ada(stop)).tallies.values()
-    assert np.mean([tally.mean for tally in tallies]) == pytest.approx(biased, abs=0.003)
+    assert np.mean([tally.total / tally.n for tally in tallies]) == pytest.approx(biased, abs=0.003)
     assert np.mean([tally.rate for tally in tallies]) == pytest.approx(0.1, abs=0.003)
 
 

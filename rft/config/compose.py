@@ -5,7 +5,7 @@ from __future__ import annotations
 import re
 from dataclasses import fields, is_dataclass
 from importlib import resources
-from typing import Any
+from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
@@ -14,21 +14,27 @@ from rft.config.schema import Config
 from rft.config.validate import PARTS
 from rft.errors import RftError, nearest
 
+Schema = TypeVar("Schema")
+
 
 def to_config(composed: DictConfig) -> Config:
     """The typed config, resolved. Raises `RftError` for what is still missing."""
-    # Hydra lets `+key=...` add what the schema does not know; a plain schema does not.
-    tree: Any = OmegaConf.to_container(composed, resolve=False)
-    tree.pop("hydra", None)
-    strict = OmegaConf.merge(OmegaConf.structured(Config), tree)
     try:
-        config = OmegaConf.to_object(strict)
+        return strict(composed, Config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
         raise RftError(
             f"{key} is not set; give {key}=... or choose an experiment: {choices('experiment')}"
         ) from error
-    assert isinstance(config, Config)
+
+
+def strict(composed: DictConfig, schema: type[Schema]) -> Schema:
+    """What Hydra composed as a `schema`, resolved; a key that it does not know is an error."""
+    # Hydra lets `+key=...` add what the schema does not know; a plain schema does not.
+    tree: Any = OmegaConf.to_container(composed, resolve=False)
+    tree.pop("hydra", None)
+    config = OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(schema), tree))
+    assert isinstance(config, schema)
     return config
 
 

@@ -70,11 +70,6 @@ class Tally:
         return float(sum(self.rewards))
 
     @property
-    def mean(self) -> float:
-        """Mean reward of all rounds."""
-        return self.total / self.n
-
-    @property
     def rate(self) -> float:
         """Mean reward of the first round."""
         return float(sum(self.rewards[: self.first])) / self.first
