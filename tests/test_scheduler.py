@@ -248,6 +248,8 @@ def test_adaptive_rounds_do_not_bias_the_rate(tmp_path: Path) -> None:
     outcomes += [Outcome(task, (1.0,) * n, 1) for task, n in second]
     metrics = part.observe(feedback(1, *outcomes))
     assert metrics["selection/effective_task_ratio"] == 4 / 5
+    # 1/2 was believed of all: right of the four by their first round, not of the late one.
+    assert metrics["estimate/brier"] == pytest.approx(0.25 / 5)
     mean, evidence = part._estimator.predict(np.array([int(first[0][0][1:])]))
     assert evidence == 2 + 5
     assert mean == pytest.approx(5 / 7)
