@@ -4,32 +4,16 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from dataclasses import dataclass
 from typing import Protocol
 
 import numpy as np
-import numpy.typing as npt
 
 from rft.config.schema import Config
 from rft.learner.advantages import Advantage
-from rft.records import Plan, Request, Rollout, Sampling, Score, Totals
+from rft.records import Group, Plan, Request, Rollout, Sampling, Score, Totals
 from rft.records import Sequence as TrainSequence
 from rft.seeding import derive
 from rft.tasks.pool import TaskPool
-
-
-@dataclass(frozen=True, slots=True)
-class Group:
-    """A task's rollouts in one step, and their scores; groups may differ in size."""
-
-    task: str
-    rollouts: tuple[Rollout, ...]
-    scores: tuple[Score, ...]
-
-    @property
-    def rewards(self) -> npt.NDArray[np.float64]:
-        """[G]"""
-        return np.array([score.reward for score in self.scores])
 
 
 class Transform(Protocol):
@@ -41,13 +25,13 @@ class Transform(Protocol):
 
 
 class DropZeroVariance:
-    """Drop groups whose rewards are all equal, so that they leave the loss's denominators too.
+    """Drop groups whose rewards, as shaped, are all equal: they leave the loss's denominators too.
 
     Without it they cost no compute either (their advantage is 0), but they count in the totals.
     """
 
     def __call__(self, groups: list[Group]) -> list[Group]:
-        return [group for group in groups if np.ptp(group.rewards) > 0]
+        return [group for group in groups if np.ptp(group.signal) > 0]
 
 
 def make_requests(
@@ -104,7 +88,7 @@ def make_updates(
         for group in groups[part::count]:
             rows += len(group.rollouts)
             tokens += sum(len(rollout.response_ids) for rollout in group.rollouts)
-            pairs = zip(group.rollouts, advantage(group.rewards), strict=True)
+            pairs = zip(group.rollouts, advantage(group.signal), strict=True)
             sequences += [_sequence(r, float(a)) for r, a in pairs if a != 0.0 or all_rollouts]
         if sequences:
             updates.append((sequences, Totals(tokens, rows, config.rollout.max_tokens)))

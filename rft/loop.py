@@ -18,13 +18,13 @@ import numpy as np
 import numpy.typing as npt
 
 from rft import measures
-from rft.batch import Group, Transform, group_by_task, join_groups, make_requests, make_updates
+from rft.batch import Transform, group_by_task, join_groups, make_requests, make_updates
 from rft.checkpoint import Checkpoints
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers, prove
 from rft.config.schema import Config
 from rft.learner.advantages import Advantage
 from rft.learner.schedule import learning_rate
-from rft.records import Feedback, Outcome, Request, Rollout, Sampling, Score
+from rft.records import Feedback, Group, Outcome, Request, Rollout, Sampling, Score
 from rft.seeding import derive
 from rft.tasks.pool import TaskPool
 from rft.tracking.tracker import Tracker

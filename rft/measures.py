@@ -8,9 +8,8 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rft.batch import Group
+from rft.records import Group, Totals
 from rft.records import Sequence as TrainSequence
-from rft.records import Totals
 from rft.tasks.pool import TaskPool
 
 

@@ -21,7 +21,9 @@ Message = dict[str, str]
 class Task:
     """One thing to solve: a prompt, how to check an answer, and what reference models scored on it.
 
-    `weak` and `strong` are pass rates in [0, 1] of two reference models; NaN means unknown.
+    `answer` is what the verifier compares with; one that needs more than a text (tests, a grid)
+    finds JSON there. `verifier` says which verifier, where several are at work. `weak` and
+    `strong` are pass rates in [0, 1] of two reference models; NaN means unknown.
     """
 
     id: str
@@ -30,6 +32,7 @@ class Task:
     weak: float = float("nan")
     strong: float = float("nan")
     domain: str = ""
+    verifier: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +82,38 @@ class Score:
     reward: float
     reason: Reason
     detail: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Group:
+    """A task's rollouts in one step, and their scores; groups may differ in size.
+
+    `shaped` [G] float64 is what is learnt from, where something besides correctness is rewarded.
+    """
+
+    task: str
+    rollouts: tuple[Rollout, ...]
+    scores: tuple[Score, ...]
+    shaped: npt.NDArray[np.float64] | None = None
+
+    @property
+    def rewards(self) -> npt.NDArray[np.float64]:
+        """The verifier's rewards, [G]: what task selection and the metrics see."""
+        return np.array([score.reward for score in self.scores])
+
+    @property
+    def signal(self) -> npt.NDArray[np.float64]:
+        """What advantages are computed from, [G]: the shaped rewards, or the verifier's."""
+        return self.rewards if self.shaped is None else self.shaped
+
+
+@dataclass(frozen=True, slots=True)
+class Announcement:
+    """What is said to the policy besides the prompt: a budget of tokens, say. `user` follows the
+    user's message, `assistant` starts the model's turn; neither is trained on."""
+
+    user: str = ""
+    assistant: str = ""
 
 
 @dataclass(frozen=True, slots=True)

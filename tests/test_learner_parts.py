@@ -13,7 +13,6 @@ from hypothesis import strategies as st
 
 from rft.batch import (
     DropZeroVariance,
-    Group,
     group_by_task,
     join_groups,
     make_requests,
@@ -24,7 +23,7 @@ from rft.errors import RftError
 from rft.learner.advantages import GroupAdvantage
 from rft.learner.packing import assign
 from rft.learner.schedule import entropy_temperature, learning_rate
-from rft.records import Plan, Rollout, Score, Task, Totals
+from rft.records import Group, Plan, Rollout, Score, Task, Totals
 from rft.tasks.pool import TaskPool
 
 # ---- advantages

@@ -1,20 +1,28 @@
 """Verifiers that misbehave in every way there is; they run in processes that may be killed."""
 
 import os
+import signal
 import sys
 import time
 from pathlib import Path
 
 from rft.records import Finish, Task
+from rft.rewards.verifier import Verdict
 
 
 class Puppet:
     """Does what the text says: a number is the reward, anything else is mischief."""
 
-    def __call__(self, task: Task, text: str, finish: Finish) -> float:
+    fractional = True
+
+    def __call__(self, task: Task, text: str, finish: Finish) -> float | Verdict:
         match text.split():
             case ["raise"]:
                 raise ValueError("no such answer \ud800")
+            case ["late"]:
+                raise TimeoutError("test 3 took too long")
+            case ["verdict"]:
+                return Verdict(1.0, "all tests pass")
             case ["nothing"]:
                 return None  # type: ignore[return-value]
             case ["hang"]:
@@ -28,10 +36,48 @@ class Puppet:
             case ["interrupt"]:
                 raise KeyboardInterrupt
             case ["pid"]:
-                return os.getpid() / 2**31
+                return Verdict(1.0, str(os.getpid()))
+            case ["print"]:
+                while True:
+                    print("x" * 10_000)
+            case ["eat"]:
+                return float(len(bytes(2**31)))
+            case ["length", _]:
+                return 1.0
+            case ["kill", "parent"]:
+                os.kill(os.getppid(), signal.SIGKILL)
+                time.sleep(600)
+            case ["fork" | "daemon" as how, "and", "hang", note]:
+                child = os.fork()
+                if child == 0:
+                    if how == "daemon":
+                        os.setsid()
+                        child = os.fork()
+                        if child:
+                            os._exit(0)
+                    Path(note).write_text(str(os.getpid()))
+                    time.sleep(600)
+                while note != "/dev/null" and not Path(note).exists():
+                    time.sleep(0.01)
+                time.sleep(600)
             case [reward]:
                 return float(reward)
         return 1.0
+
+
+class Whole(Puppet):
+    """Says fractions without having declared them."""
+
+    fractional = False
+
+
+class Torch:
+    """Imports torch while it is at work, and computes with it."""
+
+    def __call__(self, task: Task, text: str, finish: Finish) -> float:
+        import torch
+
+        return float(torch.tensor([float(text)]).sum())
 
 
 class Unbuildable:

@@ -27,19 +27,59 @@ class ModelConfig:
 
 
 @dataclass
-class TasksConfig:
-    train: str = MISSING
-    """Training pool: a .jsonl or .parquet file, a `save_to_disk` folder, or a dataset id."""
-    evaluation: dict[str, str] = field(default_factory=dict)
-    """Held-out sets by name; the first one decides which checkpoint is the best."""
-    columns: dict[str, str] = field(default_factory=dict)
-    """Our name -> the file's, where they differ: id, prompt, answer, weak, strong, domain."""
+class PoolConfig:
+    source: str = MISSING
+    """A .jsonl or .parquet file, a folder, or the id of a dataset on the Hugging Face hub."""
+    files: str = ""
+    """Where the source is a folder or a dataset id: which of its files, as a glob; all that match
+    make one pool. Empty: a `save_to_disk` folder, or the dataset as the hub presents it."""
+    subset: str = ""
+    """The dataset's configuration on the hub, where it has several."""
     split: str = "train"
-    """Split to read where the source is a dataset id."""
-    max_prompt_tokens: int = 1024
-    """Longest prompt, in tokens; a longer one is an error naming its row."""
+    """Split to read, where the source has several."""
+    columns: dict[str, str] = field(default_factory=dict)
+    """Our name -> the source's, where they differ: id, prompt, answer, weak, strong, domain,
+    verifier. `a.b` is field b of struct column a."""
+    adapt: str = ""
+    """Dotted path of a function from a source's row to one with our columns, where a mapping of
+    names is not enough; `rft.tasks.adapters` has those of the presets."""
+    verifier: str = ""
+    """Name of the verifier of all rows, where the source has no column for it."""
+    domain: str = ""
+    """Domain of all rows, where the source has no column for it."""
+    user: str = "{prompt}"
+    """What the user says: the prompt with instructions around it, on how to answer, say."""
     nan_pass_rates: str = "error"
     """A NaN pass rate in a file is an error, or means unknown, as in GURU's files."""
+    rates: dict[str, str] = field(default_factory=dict)
+    """weak or strong -> a file of pass rates that rft.reference_eval wrote; what it knows goes
+    before the source's own column."""
+    max_tasks: int = 0
+    """Tasks that are used, the first ones; 0 is all."""
+
+
+@dataclass
+class TasksConfig:
+    train: PoolConfig = field(default_factory=PoolConfig)
+    """The training pool."""
+    evaluation: dict[str, PoolConfig] = field(default_factory=dict)
+    """Held-out sets by name; the first one decides which checkpoint is the best."""
+    chat: str = "auto"
+    """Whether prompts go through the model's chat template: always, never (messages are joined as
+    text), or auto: those that are lists of messages."""
+    system: str = ""
+    """System prompt of chat prompts that bring none."""
+    thinking: str = "auto"
+    """For chat templates that know thinking (Qwen3): on, off, or auto, the template's default."""
+    assistant: str = ""
+    """What the model's turn starts with, `<think>\\n` for instance; a part of the prompt."""
+    max_prompt_tokens: int = 1024
+    """Longest prompt, in tokens."""
+    too_long: str = "drop"
+    """Tasks with a longer prompt are left out, and counted, or are an error that names the row."""
+    overlap: str = "error"
+    """Training tasks that are in an evaluation set too, but for case, spaces and punctuation:
+    error, drop (from training) or allow."""
 
 
 @dataclass
@@ -70,6 +110,8 @@ class RolloutConfig:
 class RewardConfig:
     verifier: Part = field(default_factory=dict)
     """The verifier class and its own options."""
+    shapers: list[Part] = field(default_factory=list)
+    """What else is rewarded, applied in order; task selection sees correctness alone."""
     workers: int = 1
     """Verifier processes."""
     timeout: float = 10.0

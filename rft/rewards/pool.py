@@ -1,135 +1,249 @@
 """The verifier pool: checks run in worker processes that are killed at their deadline.
 
-Wrong, error and timeout are three different things. A verifier that hangs, raises or kills its
-process costs that one score; the pool replaces the process and goes on.
+Wrong, error and timeout are three different things. A verifier that hangs, forks, raises or kills
+its process costs that one score; the process is replaced within milliseconds, for it is forked from
+one that has imported everything already, and the pool goes on.
+
+    pool = VerifierPool({"_target_": "rft.rewards.math.Math"}, workers=4, timeout=10.0)
+    pool.submit(items)       # returns at once: checks overlap with generation
+    scores = pool.collect()  # of all that was submitted since, in order
 """
 
 from __future__ import annotations
 
-import ctypes
-import multiprocessing
+import contextlib
 import os
+import queue
 import signal
+import socket
+import struct
+import subprocess
+import sys
+import threading
 from collections.abc import Sequence
-from concurrent.futures import TimeoutError as FutureTimeout
-from concurrent.futures.process import BrokenProcessPool
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from pebble import ProcessExpired, ProcessPool
-
-from rft.config.parts import build
 from rft.errors import RftError
 from rft.records import Finish, Score, Task
+from rft.rewards.nursery import Closed, receive, send
 
 Item = tuple[Task, str, Finish]
 START_SECONDS = 60.0
-CHUNK = 32
-"""Most checks in one message to a process."""
-_verifier: Any = None
-_fault: RftError | None = None
+CHUNK = 16
+"""Most checks in one message to a worker."""
+
+
+@dataclass
+class _Chunk:
+    """Some checks, and where their scores go."""
+
+    items: list[Item]
+    scores: list[Score] = field(default_factory=list)
+    fault: BaseException | None = None
+    done: threading.Event = field(default_factory=threading.Event)
 
 
 class VerifierPool:
-    """`workers` processes, each check at most `timeout` seconds."""
+    """`workers` processes, each check at most `timeout` seconds and `memory_gib` of addresses."""
 
-    def __init__(self, verifier: dict[str, Any], *, workers: int, timeout: float) -> None:
-        self._name = str(verifier["_target_"])
-        self._timeout = timeout
-        self._workers = workers
-        self._pool = ProcessPool(
-            max_workers=workers,
-            initializer=_start,
-            initargs=(verifier,),
-            context=multiprocessing.get_context("spawn"),
-        )
+    def __init__(
+        self,
+        verifier: dict[str, Any],
+        *,
+        workers: int,
+        timeout: float,
+        memory_gib: float = 16.0,
+    ) -> None:
+        self.workers, self._timeout = workers, timeout
+        self._nursery = _Nursery(verifier, memory_gib)
+        self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
+        self._submitted: list[_Chunk] = []
         try:  # a verifier that cannot be built says so here
-            self._result(self._pool.schedule(_ready), START_SECONDS)
-        except FutureTimeout as error:
-            self.close()
-            raise self._unbuilt(f"not within {START_SECONDS:g} s") from error
+            first = _Worker(self._nursery)
         except RftError:
-            self.close()
+            self._nursery.close()
             raise
+        hands = [first] + [None] * (workers - 1)
+        self._threads = [
+            threading.Thread(target=self._serve, args=(worker,), daemon=True) for worker in hands
+        ]
+        for thread in self._threads:
+            thread.start()
+
+    def submit(self, items: Sequence[Item]) -> None:
+        """Start checking `items`, without waiting."""
+        # Several chunks a worker, so that none idles while another has all the slow ones.
+        size = max(1, min(CHUNK, len(items) // (4 * self.workers)))
+        for start in range(0, len(items), size):
+            chunk = _Chunk(list(items[start : start + size]))
+            self._submitted.append(chunk)
+            self._queue.put(chunk)
+
+    def collect(self) -> list[Score]:
+        """The scores of all that was submitted since the last call, in order.
+
+        Raises RftError where workers can no longer be started.
+        """
+        chunks, self._submitted = self._submitted, []
+        for chunk in chunks:
+            chunk.done.wait()  # bounded: each item has its deadline, each worker's start too
+        for chunk in chunks:
+            if chunk.fault is not None:
+                raise chunk.fault
+        return [score for chunk in chunks for score in chunk.scores]
 
     def score(self, items: Sequence[Item]) -> list[Score]:
-        """One score an item, in order. Raises `RftError` for a reward outside [0, 1]."""
-        size = max(1, min(CHUNK, -(-len(items) // self._workers)))
-        chunks = [items[i : i + size] for i in range(0, len(items), size)]
-        # One message a chunk is much cheaper than one an item. A chunk that does not make the
-        # deadline of a single check, or kills its process, is checked again item by item, so that
-        # each verdict is its own.
-        parts: list[list[Any]] = []
-        for chunk, future in zip(chunks, [self._schedule(chunk) for chunk in chunks], strict=True):
-            try:
-                parts.append(self._result(future))
-            except (FutureTimeout, ProcessExpired):
-                parts.append([self._schedule([item]) for item in chunk])
-        scores = [x if isinstance(x, Score) else self._alone(x) for part in parts for x in part]
-        for (task, _, _), score in zip(items, scores, strict=True):
-            if not 0.0 <= score.reward <= 1.0:  # NaN fails this too
-                raise RftError(
-                    f"verifier {self._name} gave task {task.id!r} the reward {score.reward}; "
-                    "rewards must lie in [0, 1]: mend the verifier"
-                )
-        return scores
-
-    def _result(self, future: Any, seconds: float | None = None) -> Any:
-        try:
-            return future.result(seconds)
-        except BrokenProcessPool as error:  # every process ended while it was started
-            raise self._unbuilt("its process ended meanwhile") from error
-
-    def _unbuilt(self, fault: str) -> RftError:
-        return unbuilt(self._name, fault)
+        """One score an item, in order."""
+        self.submit(items)
+        return self.collect()
 
     def close(self) -> None:
-        """End the worker processes."""
-        self._pool.stop()
-        self._pool.join()
+        """End the worker processes; what is being checked is lost."""
+        for _ in self._threads:
+            self._queue.put(None)
+        self._nursery.close()
+        for thread in self._threads:
+            thread.join()
 
-    def _schedule(self, items: Sequence[Item]) -> Any:
-        return self._pool.schedule(_score, (items,), timeout=self._timeout)
+    def _serve(self, worker: _Worker | None) -> None:
+        """One thread a worker: it only waits, and the checking is done in the worker's process."""
+        while (chunk := self._queue.get()) is not None:
+            try:
+                while len(chunk.scores) < len(chunk.items):
+                    if worker is None:
+                        worker = _Worker(self._nursery)
+                    if not worker.check(chunk, self._timeout):
+                        worker = None
+            except RftError as error:
+                chunk.fault = error
+            finally:
+                chunk.done.set()
+        if worker is not None:
+            worker.connection.close()
 
-    def _alone(self, future: Any) -> Score:
-        """The verdict of a check that was scheduled by itself."""
+
+class _Nursery:
+    """The process that workers are forked from, and the lock on its one socket."""
+
+    def __init__(self, verifier: dict[str, Any], memory_gib: float) -> None:
+        self.name = str(verifier["_target_"])
+        self._settings = {"part": verifier, "memory_gib": memory_gib}
+        self._lock = threading.Lock()
+        self._start()
+
+    def _start(self) -> None:
+        self._socket, theirs = socket.socketpair()
+        self._process = subprocess.Popen(
+            [sys.executable, "-m", "rft.rewards.nursery", str(theirs.fileno())],
+            pass_fds=[theirs.fileno()],
+            stdin=subprocess.DEVNULL,
+            # A check has one core: workers are many, and share the machine with the engines.
+            env=os.environ
+            | {"PYTHONPATH": os.pathsep.join(path for path in sys.path if path)}
+            | dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1"),
+            start_new_session=True,
+        )
+        theirs.close()
         try:
-            (score,) = self._result(future)
-        except FutureTimeout:
-            return Score(0.0, "timeout", f"no verdict within {self._timeout:g} s")
-        except ProcessExpired as error:
-            return Score(0.0, "error", f"the verifier's process ended with {error.exitcode}")
-        return score
+            send(self._socket, self._settings, START_SECONDS)
+            fault = receive(self._socket, START_SECONDS)["fault"]
+        except (TimeoutError, Closed) as error:
+            self.close()
+            raise self.unbuilt(_cause(error)) from error
+        if fault:
+            self.close()
+            raise self.unbuilt(fault)
+
+    def fork(self) -> tuple[int, socket.socket]:
+        """A new worker: its process id and our end of its socket."""
+        with self._lock:
+            try:
+                return self._fork()
+            except Closed:  # a verifier may have killed it
+                self.close()
+                self._start()
+                return self._fork()
+
+    def _fork(self) -> tuple[int, socket.socket]:
+        send(self._socket, {"fork": True}, START_SECONDS)
+        self._socket.settimeout(START_SECONDS)
+        data, descriptors, _, _ = socket.recv_fds(self._socket, 8, 1)
+        if not descriptors:
+            raise Closed
+        return struct.unpack("<q", data)[0], socket.socket(fileno=descriptors[0])
+
+    def end(self, pid: int) -> int:
+        """Kill a worker and what it left behind; its exit status."""
+        with self._lock:
+            try:
+                send(self._socket, {"kill": pid}, START_SECONDS)
+                return int(receive(self._socket, START_SECONDS)["status"])
+            except Closed:
+                return -signal.SIGKILL  # the nursery is gone, and its workers went with it
+
+    def unbuilt(self, fault: str) -> RftError:
+        return RftError(f"verifier {self.name} could not be built ({fault}); mend it or its keys")
+
+    def close(self) -> None:
+        """Hang up: the nursery ends its workers and itself."""
+        with contextlib.suppress(OSError):
+            self._socket.shutdown(socket.SHUT_RDWR)
+        try:
+            self._process.wait(timeout=5.0)
+        except subprocess.TimeoutExpired:  # it hangs in an import, say
+            self._process.kill()
+            self._process.wait()
+        self._socket.close()
 
 
-def unbuilt(name: str, fault: str) -> RftError:
-    return RftError(f"verifier {name} could not be built ({fault}); mend it or its keys")
+class _Worker:
+    """One worker process, ready to check."""
+
+    def __init__(self, nursery: _Nursery) -> None:
+        self._nursery = nursery
+        self.pid, self.connection = nursery.fork()
+        try:
+            fault = receive(self.connection, START_SECONDS)["fault"]
+        except (TimeoutError, Closed) as error:
+            self._end()
+            raise nursery.unbuilt(_cause(error)) from error
+        if fault:
+            self._end()
+            raise nursery.unbuilt(fault)
+
+    def check(self, chunk: _Chunk, timeout: float) -> bool:
+        """Add the scores that `chunk` lacks. False where the process ended over one of them: that
+        one has its score, the rest wants another worker."""
+        rest = chunk.items[len(chunk.scores) :]
+        # A task's rollouts share its tests, which may be megabytes: they are sent once.
+        tasks = list({id(task): task for task, _, _ in rest}.values())
+        place = {id(task): i for i, task in enumerate(tasks)}
+        message = {
+            "tasks": [asdict(task) for task in tasks],
+            "items": [(place[id(task)], text, finish) for task, text, finish in rest],
+        }
+        try:
+            send(self.connection, message, timeout)
+            for _ in rest:
+                chunk.scores.append(Score(*receive(self.connection, timeout)))
+        except TimeoutError:
+            self._end()
+            chunk.scores.append(Score(0.0, "timeout", f"no verdict within {timeout:g} s"))
+            return False
+        except Closed:
+            status = self._end()
+            why = f"the verifier's process ended with {status}"
+            chunk.scores.append(Score(0.0, "error", why))
+            return False
+        return True
+
+    def _end(self) -> int:
+        self.connection.close()
+        return self._nursery.end(self.pid)
 
 
-def _start(verifier: dict[str, Any]) -> None:
-    global _verifier, _fault
-    os.setsid()  # Ctrl-C, or a SIGTERM to the whole group, is the main process's to handle
-    ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG: end with the parent (Linux)
-    try:
-        _verifier = build(verifier)
-    except Exception as error:  # noqa: BLE001  (the fault boundary: a verifier may do anything)
-        _fault = unbuilt(verifier["_target_"], f"{type(error).__name__}: {error}")
-
-
-def _ready() -> None:
-    if _fault is not None:
-        raise _fault
-
-
-def _score(items: Sequence[Item]) -> list[Score]:
-    _ready()
-    return [_score_one(*item) for item in items]
-
-
-def _score_one(task: Task, text: str, finish: Finish) -> Score:
-    try:
-        reward = float(_verifier(task, text, finish))
-    except BaseException as error:  # noqa: BLE001  (the fault boundary: a verifier may do anything)
-        return Score(0.0, "error", f"{type(error).__name__}: {error}")
-    if reward >= 1.0:
-        return Score(reward, "correct")
-    return Score(reward, "partial" if reward > 0.0 else "wrong")
+def _cause(error: BaseException) -> str:
+    if isinstance(error, TimeoutError):
+        return f"not within {START_SECONDS:g} s"
+    return "its process ended meanwhile"
