@@ -36,7 +36,7 @@ pytest: $(READY)
 	$(ACTIVE) HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
 
 # What pip cannot bring: venv itself, a compiler and Python's headers (DeepSpeed compiles its CPU
-# collective at first use), libnuma (vLLM's CPU build links to it).
+# collective at first use), libnuma (vLLM's CPU build links to it), bubblewrap (the sandbox for code).
 define debian
 set -e; missing=""; \
 version=$$($(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11); print("%d.%d" % sys.version_info[:2])') \
@@ -46,6 +46,7 @@ $(PYTHON) -c 'import pathlib, sysconfig as s; pathlib.Path(s.get_path("include")
 	|| missing="$$missing python$$version-dev"; \
 command -v g++ >/dev/null || missing="$$missing g++"; \
 $(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing="$$missing libnuma1"; \
+command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
 [ -z "$$missing" ] && exit 0; \
 echo "Installing Debian packages:$$missing"; \
 $(SUDO) apt-get update -qq; \

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from itertools import groupby
 from typing import Protocol
 
 import numpy as np
@@ -12,7 +13,9 @@ from rft.config.schema import Config
 from rft.learner.advantages import Advantage
 from rft.records import Group, Plan, Request, Rollout, Sampling, Score, Totals
 from rft.records import Sequence as TrainSequence
+from rft.rewards.shaper import NOTHING, Shaper
 from rft.seeding import derive
+from rft.shaping import announcement
 from rft.tasks.pool import TaskPool
 
 
@@ -31,23 +34,35 @@ class DropZeroVariance:
     """
 
     def __call__(self, groups: list[Group]) -> list[Group]:
-        return [group for group in groups if np.ptp(group.signal) > 0]
+        # Shaped rewards may differ by rounding alone.
+        return [group for group in groups if np.ptp(group.signal) > 1e-9]
 
 
 def make_requests(
-    config: Config, pool: TaskPool, plan: Plan, groups: Sequence[Group]
+    config: Config,
+    pool: TaskPool,
+    plan: Plan,
+    groups: Sequence[Group],
+    shapers: dict[str, Shaper] | None = None,
 ) -> list[Request]:
-    """What the plan means for the engines; a task planned again continues its group's numbers."""
+    """What the plan means for the engines; a task planned again continues its group's numbers.
+
+    Rollouts of a task that are told something different by the shapers are requests of their own.
+    """
     sampling = Sampling(config.rollout.temperature, config.rollout.max_tokens)
     have = {group.task: len(group.rollouts) for group in groups}
     requests = []
     for task, n in plan.requests:
         first = have.get(task, 0)
-        seeds = tuple(
-            derive(config.seed, "rollout", plan.step, task, i) for i in range(first, first + n)
-        )
-        requests.append(Request(task, pool.prompt_ids[pool.index(task)], seeds, sampling, first))
         have[task] = first + n
+        told = [announcement(shapers or {}, plan.step, task, i) for i in range(first, first + n)]
+        for said, members in groupby(range(n), key=told.__getitem__):
+            numbers = [first + i for i in members]
+            seeds = tuple(derive(config.seed, "rollout", plan.step, task, i) for i in numbers)
+            ids = pool.prompt_ids[pool.index(task)]
+            if said != NOTHING:
+                ids = pool.encode(pool.index(task), said)
+            requests.append(Request(task, ids, seeds, sampling, numbers[0]))
     return requests
 
 

@@ -7,8 +7,6 @@ inline and on a cluster.
 from __future__ import annotations
 
 import shutil
-import time
-from collections import defaultdict
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field
@@ -20,12 +18,15 @@ import numpy.typing as npt
 from rft import measures
 from rft.batch import Transform, group_by_task, join_groups, make_requests, make_updates
 from rft.checkpoint import Checkpoints
+from rft.clock import Clock
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers, prove
 from rft.config.schema import Config
 from rft.learner.advantages import Advantage
 from rft.learner.schedule import learning_rate
-from rft.records import Feedback, Group, Outcome, Request, Rollout, Sampling, Score
-from rft.seeding import derive
+from rft.records import Feedback, Group, Outcome
+from rft.rewards.shaper import Shaper, State
+from rft.sampling import evaluation_requests, sample
+from rft.shaping import shape
 from rft.tasks.pool import TaskPool
 from rft.tracking.tracker import Tracker
 
@@ -42,31 +43,7 @@ class Progress:
     evaluated: float | None = None
     best_accuracy: float = -1.0
     best_step: int | None = None
-
-
-class Clock:
-    """Seconds by phase. A step's line covers all since the line before it, so phases add up."""
-
-    def __init__(self) -> None:
-        self._start = time.perf_counter()
-        self._seconds: dict[str, float] = defaultdict(float)
-
-    @contextmanager
-    def __call__(self, phase: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        self._seconds[phase] += time.perf_counter() - start
-
-    def elapsed(self) -> float:
-        """Seconds since the last lap."""
-        return time.perf_counter() - self._start
-
-    def lap(self) -> dict[str, float]:
-        """`time/*` since the last lap, and start anew."""
-        metrics = {f"time/{phase}": seconds for phase, seconds in self._seconds.items()}
-        metrics["time/step"] = self.elapsed()
-        self._start, self._seconds = time.perf_counter(), defaultdict(float)
-        return metrics
+    shapers: dict[str, State] = field(default_factory=dict)
 
 
 class Stop:
@@ -104,6 +81,7 @@ class Run:
     learner: Learner
     verifiers: Verifiers
     advantage: Advantage
+    shapers: dict[str, Shaper]
     transforms: list[Transform]
     probe: npt.NDArray[np.int32]
     checkpoints: Checkpoints
@@ -149,12 +127,10 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
             plan = run.scheduler.plan(step, round, outcomes)
         if not plan.requests:
             break
-        with clock("generate"):
-            rollouts = run.engines.generate(make_requests(config, run.pool, plan, groups))
-        with clock("score"):
-            scored = group_by_task(rollouts, score(run, run.pool, rollouts))
-            groups = join_groups(groups, scored)
-            outcomes += [Outcome(g.task, tuple(g.rewards.tolist()), round) for g in scored]
+        requests = make_requests(config, run.pool, plan, groups, run.shapers)
+        scored = group_by_task(*sample(run.engines, run.verifiers, run.pool, requests, clock))
+        groups = join_groups(groups, scored)
+        outcomes += [Outcome(g.task, tuple(g.rewards.tolist()), round) for g in scored]
         round += 1
     with clock("select"):
         feedback = Feedback(step, progress.version, tuple(outcomes))
@@ -165,7 +141,8 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
     metrics |= measures.of_rollouts(groups, progress.version)
 
     with clock("learn"):
-        trained = groups
+        groups = trained = shape(run.shapers, step, groups)
+        metrics |= measures.of_shaping(groups)
         for transform in run.transforms:
             trained = transform(trained)
         updates = make_updates(
@@ -186,6 +163,11 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
         with clock("sync"):
             metrics["sync/probe_gap"] = sync(run)
     with clock("report"):
+        for shaper in run.shapers.values():
+            shaper.observe(step, groups)
+        progress.shapers = {name: shaper.state() for name, shaper in run.shapers.items()}
+        for line in measures.faults(groups):
+            run.tracker.message(f"step {step}: {line}")
         rows = [row for group in groups for row in measures.rollout_rows(group, run.pool)]
         run.tracker.rollouts(step, rows)
     return metrics | {"tokens/so_far": progress.tokens, "version": progress.version}
@@ -197,32 +179,14 @@ def sync(run: Run) -> float:
     return prove(run.engines, run.learner, run.probe, version, dtype)
 
 
-def score(run: Run, pool: TaskPool, rollouts: list[Rollout]) -> list[Score]:
-    """The verifiers' word on each rollout."""
-    return run.verifiers.score([(pool.task(r.task), r.text, r.finish) for r in rollouts])
-
-
 def evaluate(run: Run, clock: Clock) -> None:
-    """Sample every held-out set at the current weights and write a line for each.
-
-    Seeds do not depend on the step: two evaluations differ by their weights alone.
-    """
+    """Sample every held-out set at the current weights and write a line for each."""
     config, progress = run.config, run.progress
-    sampling = Sampling(config.evaluation.temperature, config.rollout.max_tokens)
-    samples = config.evaluation.samples
     for name, pool in run.evaluation.items():
-        requests = [
-            Request(
-                task,
-                pool.prompt_ids[i],
-                tuple(derive(config.seed, "evaluate", name, task, j) for j in range(samples)),
-                sampling,
-                tag="evaluation",
-            )
-            for i, task in enumerate(pool.ids)
-        ]
-        scores = score(run, pool, run.engines.generate(requests))
-        rewards = np.array([s.reward for s in scores]).reshape(len(requests), samples)
+        requests = evaluation_requests(config, name, pool, list(pool.ids))
+        inner = Clock()  # an evaluation is one phase of the step, not three
+        _, scores = sample(run.engines, run.verifiers, pool, requests, inner)
+        rewards = np.array([s.reward for s in scores]).reshape(len(requests), -1)
         accuracy, ci95 = measures.accuracy(rewards)
         if progress.evaluated is None:
             progress.evaluated = accuracy
@@ -230,7 +194,7 @@ def evaluate(run: Run, clock: Clock) -> None:
             {
                 "step": progress.step,
                 "set": name,
-                "k": samples,
+                "k": config.evaluation.samples,
                 "accuracy": accuracy,
                 "ci95": ci95,
                 "tokens_so_far": progress.tokens,

@@ -34,6 +34,23 @@ def of_rollouts(groups: Sequence[Group], version: int) -> dict[str, float]:
     }
 
 
+def of_shaping(groups: Sequence[Group]) -> dict[str, float]:
+    """What shaping made of the rewards, where there is any."""
+    shaped = [group.shaped for group in groups if group.shaped is not None]
+    return {"reward/shaped": float(np.concatenate(shaped).mean())} if shaped else {}
+
+
+def faults(groups: Sequence[Group]) -> list[str]:
+    """A line for each kind of failed check of a step, with the first one's detail."""
+    lines = []
+    for reason in ("error", "timeout"):
+        failed = [(g.task, s.detail) for g in groups for s in g.scores if s.reason == reason]
+        if failed:
+            task, detail = failed[0]
+            lines.append(f"{len(failed)} checks ended in {reason}; the first, of {task}: {detail}")
+    return lines
+
+
 def of_updates(
     sums: Sequence[dict[str, float]],
     updates: Sequence[tuple[list[TrainSequence], Totals]],
@@ -77,6 +94,7 @@ def accuracy(rewards: npt.NDArray[np.float64]) -> tuple[float, float]:
 def rollout_rows(group: Group, pool: TaskPool) -> list[dict[str, Any]]:
     """A group's rollouts as they are kept on disk."""
     prompt = pool.task(group.task).prompt
+    shaped = [None] * len(group.rollouts) if group.shaped is None else group.shaped.tolist()
     return [
         {
             "task": group.task,
@@ -85,11 +103,12 @@ def rollout_rows(group: Group, pool: TaskPool) -> list[dict[str, Any]]:
             "text": rollout.text,
             "finish": rollout.finish,
             "reward": score.reward,
+            **({} if value is None else {"shaped": value}),
             "reason": score.reason,
             "detail": score.detail,
             "tokens": len(rollout.response_ids),
             "logp": float(rollout.behaviour_logp.sum()),
             "version": int(rollout.version[0]),
         }
-        for rollout, score in zip(group.rollouts, group.scores, strict=True)
+        for rollout, score, value in zip(group.rollouts, group.scores, shaped, strict=True)
     ]

@@ -24,11 +24,16 @@ from rft.config.schema import Config
 from rft.config.validate import check_files
 from rft.errors import RftError
 from rft.loop import Progress, Run, Stop, train
+from rft.pools import evaluation_pools, training_pool
+from rft.rewards.shaper import Shaper
 from rft.scheduler.journal import rewind_journal
 from rft.scheduler.parts import Setup
 from rft.scheduler.scheduler import SNAPSHOT, make_parts
+from rft.shaping import make_shapers
 from rft.state import write_atomic
-from rft.tasks.pool import TaskPool, load_pool, tokenizer_for
+from rft.tasks.overlap import check_overlap
+from rft.tasks.pool import TaskPool
+from rft.tasks.prompts import PromptEncoder
 from rft.tracking.files import RunFiles
 from rft.tracking.tracker import Tracker
 
@@ -57,49 +62,41 @@ def run(config: Config) -> int:
 
 
 def _load_and_train(config: Config, stop: Stop) -> int:
+    notes: list[str] = []
     if config.prepare is not None:
         build(config.prepare)
         check_files(config)
-    tokenize = tokenizer_for(config.model.path)
-
-    def load(source: str, max_tasks: int = 0) -> TaskPool:
-        return load_pool(
-            source,
-            columns=config.tasks.columns,
-            split=config.tasks.split,
-            tokenize=tokenize,
-            max_prompt_tokens=config.tasks.max_prompt_tokens,
-            max_tasks=max_tasks,
-            nan_pass_rates=config.tasks.nan_pass_rates,
-        )
-
-    pool = load(config.tasks.train)
-    if config.tasks_per_step > len(pool):
-        raise RftError(
-            f"tasks_per_step={config.tasks_per_step} is more than the {len(pool)} tasks of "
-            f"{config.tasks.train}; lower it"
-        )
+    encoder = PromptEncoder(config.model.path, config.tasks)
+    shapers = make_shapers(config)
+    pool = training_pool(config, encoder, [*shapers.values()], notes.append)
+    evaluation = evaluation_pools(config, encoder, notes.append)
+    pool, said = check_overlap(pool, evaluation, config.tasks.overlap)
+    if said:
+        notes.append(said)
     scheduler = config.scheduler
     setup = Setup(pool_view(pool), config.tasks_per_step, config.rollouts_per_task, config.seed)
     # What the parts of the scheduler cannot work with shows before anything expensive starts.
     make_parts(setup, scheduler.estimator, scheduler.selector, scheduler.planner)
-    evaluation = {
-        name: load(source, config.evaluation.max_tasks)
-        for name, source in config.tasks.evaluation.items()
-    }
     folder = (Path(config.runs_dir) / config.name).resolve()
     with owned(folder):
-        return _train(config, folder, pool, evaluation, stop)
+        return _train(config, folder, pool, evaluation, shapers, notes, stop)
 
 
 def _train(
-    config: Config, folder: Path, pool: TaskPool, evaluation: dict[str, TaskPool], stop: Stop
+    config: Config,
+    folder: Path,
+    pool: TaskPool,
+    evaluation: dict[str, TaskPool],
+    shapers: dict[str, Shaper],
+    notes: list[str],
+    stop: Stop,
 ) -> int:
     checkpoints = Checkpoints(folder / "checkpoints", config.checkpoint.keep)
-    notes: list[str] = []
     found = checkpoints.newest(notes.append)
     same_config(config, folder, started=found is not None)
     progress = rewind(folder, found)
+    for name, state in progress.shapers.items():
+        shapers[name].load(state)
     if progress.step >= config.steps:
         print(f"{folder} is finished: {progress.step} steps. Raise steps, or choose another name.")
         _report(config, folder)
@@ -121,6 +118,7 @@ def _train(
                 parts.learner,
                 parts.verifiers,
                 build(config.advantage),
+                shapers,
                 [build(transform) for transform in config.transforms],
                 probe_tokens(pool),
                 checkpoints,
@@ -226,5 +224,5 @@ def rewind(folder: Path, found: tuple[Path, dict[str, Any]] | None) -> Progress:
 
 def probe_tokens(pool: TaskPool) -> np.ndarray[Any, np.dtype[np.int32]]:
     """A prompt whose log-probs prove a weight sync: the longest of the first ones."""
-    longest = max(pool.prompt_ids[:64], key=len)
+    longest = max((pool.prompt_ids[i] for i in range(min(64, len(pool)))), key=len)
     return np.array((longest * 2)[: max(2, min(PROBE_TOKENS, len(longest)))], dtype=np.int32)

@@ -46,7 +46,7 @@ def around(owner: Any, name: str, *, before: bool, when: Callable[[], bool]) -> 
 
 def arm(point: str, step: int) -> None:
     from rft import checkpoint, loop
-    from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers
+    from rft.cluster.groups import Learner, SchedulerClient, Verifiers
     from rft.tracking.files import RunFiles
 
     now = {"step": 0}
@@ -75,8 +75,8 @@ def arm(point: str, step: int) -> None:
         return
     owner, name, before = {
         "plan": (SchedulerClient, "plan", False),
-        "generate": (Engines, "generate", False),
-        "score": (Verifiers, "score", False),
+        "generate": (Verifiers, "submit", False),  # some rollouts are there, others are not
+        "score": (Verifiers, "collect", False),
         "observe": (SchedulerClient, "observe", False),
         "learn": (Learner, "learn", True),
         "learned": (Learner, "learn", False),

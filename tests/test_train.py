@@ -341,9 +341,9 @@ def test_the_config_is_refused_without_torch(tiny_model: Path, tmp_path: Path) -
     code = (
         "import sys; from hydra import compose, initialize_config_module\n"
         "from hydra.core.config_store import ConfigStore\n"
-        "from rft.config.schema import Config; from rft.config.compose import to_config\n"
+        "from rft.config.compose import Composed, to_config\n"
         "from rft.config.validate import validate\n"
-        "ConfigStore.instance().store(name='schema', node=Config)\n"
+        "ConfigStore.instance().store(name='schema', node=Composed)\n"
         "with initialize_config_module('rft.configs', version_base='1.3'):\n"
         "    config = to_config(compose('train', sys.argv[1:]))\n"
         "validate(config)\n"

@@ -6,7 +6,7 @@ Two clusters share this protocol: `inline` runs every part in this process, for 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,11 +19,14 @@ RAY_NOTE = ".ray"
 
 class Handle(Protocol):
     """One worker. `call` starts a method and returns something for `Cluster.gather`; it may also
-    be passed to another worker's `call` as an argument, where its value arrives."""
+    be passed to another worker's `call` as an argument, where its value arrives. `stream` starts a
+    method that yields, for `Cluster.stream`."""
 
     name: str
 
     def call(self, method: str, *args: Any) -> Any: ...
+
+    def stream(self, method: str, *args: Any) -> Any: ...
 
 
 class Cluster(Protocol):
@@ -37,6 +40,11 @@ class Cluster(Protocol):
     def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
         """The values of `pending`. Raises `PartDied` if a worker ends or `deadline` seconds pass
         first, and passes on a worker's own `RftError`."""
+        ...
+
+    def stream(self, pending: Sequence[Any], *, what: str, deadline: float) -> Iterator[Any]:
+        """What all of `pending` yield, as it comes, each with its number in `pending`. Raises as
+        `gather` does; `deadline` bounds the whole."""
         ...
 
     def host(self, handle: Handle) -> str:
@@ -69,6 +77,10 @@ class InlineHandle:
         args = tuple(a.value if isinstance(a, Done) else a for a in args)
         return Done(getattr(self._part, method)(*args))
 
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        values: Iterator[Any] = getattr(self._part, method)(*args)
+        return values
+
 
 class InlineCluster:
     """Everything in this process, one call after another."""
@@ -83,6 +95,11 @@ class InlineCluster:
 
     def gather(self, pending: Sequence[Done], *, what: str, deadline: float) -> list[Any]:
         return [done.value for done in pending]
+
+    def stream(self, pending: Sequence[Any], *, what: str, deadline: float) -> Iterator[Any]:
+        for number, values in enumerate(pending):
+            for value in values:
+                yield number, value
 
     def host(self, handle: Handle) -> str:
         return "127.0.0.1"

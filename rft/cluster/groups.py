@@ -5,7 +5,7 @@ Written once over `Handle` and `Cluster`, so inline and Ray runs take the same p
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,9 +16,10 @@ from rft.cluster.base import Cluster, Handle
 from rft.errors import PartDied, RftError
 from rft.learner.packing import assign
 from rft.learner.worker import Update
-from rft.records import Feedback, Outcome, Plan, Receipt, Request, Rollout, Score, Totals
+from rft.records import Feedback, Outcome, Plan, Receipt, Request, Score, Totals
 from rft.records import Sequence as TrainSequence
 from rft.rewards.pool import Item
+from rft.rollout.stream import Finished
 
 PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
 """Largest gap between learner's and engine's log-probs of the probe: of any token in float32, in
@@ -33,8 +34,9 @@ class Engines:
     def __init__(self, cluster: Cluster, handles: list[Handle], deadline: float) -> None:
         self._cluster, self._handles, self._deadline = cluster, handles, deadline
 
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """Every rollout, in the order of requests, whatever engine made it."""
+    def stream(self, requests: Sequence[Request]) -> Iterator[Finished]:
+        """Rollouts with their places, counted over all seeds of all requests in order, as they
+        finish, whatever engine made them."""
         shares: list[list[int]] = [[] for _ in self._handles]
         load = np.zeros(len(self._handles))
         for i, request in enumerate(requests):
@@ -43,15 +45,13 @@ class Engines:
             load[engine] += (
                 len(request.prompt_ids) + len(request.seeds) * request.sampling.max_tokens
             )
+        starts = np.cumsum([0, *(len(request.seeds) for request in requests)])
         busy = [(h, share) for h, share in zip(self._handles, shares, strict=True) if share]
-        pending = [h.call("generate", [requests[i] for i in share]) for h, share in busy]
-        results = self._gather(pending, "generation")
-        rollouts: list[list[Rollout]] = [[] for _ in requests]
-        for (_, share), result in zip(busy, results, strict=True):
-            rest = iter(result)
-            for i in share:
-                rollouts[i] = [next(rest) for _ in requests[i].seeds]
-        return [rollout for group in rollouts for rollout in group]
+        places = [[p for i in share for p in range(starts[i], starts[i + 1])] for _, share in busy]
+        pending = [h.stream("stream", [requests[i] for i in share]) for h, share in busy]
+        parcels = self._cluster.stream(pending, what="generation", deadline=self._deadline)
+        for engine, parcel in parcels:
+            yield [(places[engine][place], rollout) for place, rollout in parcel]
 
     def load(self, bundle: Any) -> list[Receipt]:
         """Give every engine the bundle, a pending value of the learner's; their receipts."""
@@ -191,13 +191,21 @@ class Verifiers:
 
     def __init__(self, cluster: Cluster, handle: Handle, timeout: float) -> None:
         self._cluster, self._handle, self._timeout = cluster, handle, timeout
+        self._pending: list[Any] = []
+        self._items = 0
 
-    def score(self, items: Sequence[Item]) -> list[Score]:
-        """One score an item, in order."""
+    def submit(self, items: Sequence[Item]) -> None:
+        """Have `items` scored, without waiting."""
+        self._pending.append(self._handle.call("submit", list(items)))
+        self._items += len(items)
+
+    def collect(self) -> list[Score]:
+        """The scores of all that was submitted since the last call, in order."""
         # The pool keeps each item's own deadline; this one only bounds a lost pool.
-        deadline = 60.0 + (self._timeout + 5.0) * (2 * len(items) + 1)
-        pending = [self._handle.call("score", list(items))]
-        scores: list[Score] = self._cluster.gather(pending, what="scoring", deadline=deadline)[0]
+        deadline = 60.0 + (self._timeout + 5.0) * (self._items + 1)
+        pending = [*self._pending, self._handle.call("collect")]
+        self._pending, self._items = [], 0
+        scores: list[Score] = self._cluster.gather(pending, what="scoring", deadline=deadline)[-1]
         return scores
 
 

@@ -8,8 +8,6 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
-
 from rft.cluster.base import Cluster, Handle, InlineCluster
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers
 from rft.config.schema import Config
@@ -36,60 +34,83 @@ class Parts:
 def place(config: Config, pool: TaskPool, folder: Path, resume: Path | None) -> Iterator[Parts]:
     """Start every part, wait for the learner, and end them all on the way out. `folder` and
     `resume` are absolute: workers on other machines start in folders of their own."""
-    cluster = make_cluster(config, folder)
+    cluster = make_cluster(config, gpus_needed(config), folder)
     try:
         yield _start(cluster, config, pool, folder, resume)
     finally:
         cluster.close()
 
 
-def make_cluster(config: Config, folder: Path) -> Cluster:
+@contextmanager
+def place_sampling(config: Config, folder: Path) -> Iterator[tuple[Engines, Verifiers]]:
+    """Engines and verifiers alone, for evaluation."""
+    on_gpu = resolve_device(config.cluster) == "cuda"
+    cluster = make_cluster(config, config.rollout.engines if on_gpu else 0, folder)
+    try:
+        yield _engines(cluster, config), _verifiers(cluster, config)
+    finally:
+        cluster.close()
+
+
+def make_cluster(config: Config, gpus: int, folder: Path) -> Cluster:
     """The cluster that `config.cluster` describes."""
     if config.cluster.mode == "inline":
         return InlineCluster()
     from rft.cluster.ray_cluster import RayCluster
 
-    return RayCluster(config.cluster.address, gpus_needed(config), folder)
+    return RayCluster(config.cluster.address, gpus, folder)
 
 
-def _start(
-    cluster: Cluster, config: Config, pool: TaskPool, folder: Path, resume: Path | None
-) -> Parts:
-    device = resolve_device(config.cluster)
-    engine_gpus, learner_gpus = gpus_of(config)
-    engines = [
+def _engines(cluster: Cluster, config: Config) -> Engines:
+    gpus, _ = gpus_of(config)
+    handles = [
         cluster.spawn(
             f"engine {i}",
             config.rollout.engine["_target_"],
-            gpu=engine_gpus[i],
+            gpu=gpus[i],
             model_path=local(config.model.path),
             dtype=config.model.dtype,
-            device=device,
+            device=resolve_device(config.cluster),
             max_length=config.tasks.max_prompt_tokens + config.rollout.max_tokens,
             threads=threads(config, config.rollout.engines),
             **{k: v for k, v in config.rollout.engine.items() if k != "_target_"},
         )
         for i in range(config.rollout.engines)
     ]
+    return Engines(cluster, handles, config.rollout.deadline)
+
+
+def _verifiers(cluster: Cluster, config: Config) -> Verifiers:
+    handle = cluster.spawn(
+        "the verifiers",
+        "rft.rewards.pool.VerifierPool",
+        verifier=config.reward.verifier,
+        workers=config.reward.workers,
+        timeout=config.reward.timeout,
+        memory_gib=config.reward.memory_gib,
+    )
+    return Verifiers(cluster, handle, config.reward.timeout)
+
+
+def _start(
+    cluster: Cluster, config: Config, pool: TaskPool, folder: Path, resume: Path | None
+) -> Parts:
+    device = resolve_device(config.cluster)
+    engines = _engines(cluster, config)
+    _, gpus = gpus_of(config)
     world = config.learner.workers
     ranks = [
         cluster.spawn(
             f"learner rank {rank}",
             "rft.learner.worker.LearnerWorker",
-            gpu=learner_gpus[rank],
+            gpu=gpus[rank],
             rank=rank,
             world=world,
             settings=learner_settings(config, device),
         )
         for rank in range(world)
     ]
-    verifiers = cluster.spawn(
-        "the verifiers",
-        "rft.rewards.pool.VerifierPool",
-        verifier=config.reward.verifier,
-        workers=config.reward.workers,
-        timeout=config.reward.timeout,
-    )
+    verifiers = _verifiers(cluster, config)
 
     def scheduler() -> Handle:
         return cluster.spawn(
@@ -113,9 +134,9 @@ def _start(
     )
     parts = Parts(
         SchedulerClient(cluster, scheduler),
-        Engines(cluster, engines, config.rollout.deadline),
+        engines,
         learner,
-        Verifiers(cluster, verifiers, config.reward.timeout),
+        verifiers,
         colocated=device == "cuda" and config.cluster.placement == "colocated",
     )
     learner.start(config.learner.port, resume)
@@ -124,10 +145,7 @@ def _start(
 
 def pool_view(pool: TaskPool) -> PoolView:
     """What the scheduler gets to know of the pool."""
-    names = sorted({task.domain for task in pool})
-    codes = {name: code for code, name in enumerate(names)}
-    domains = np.array([codes[task.domain] for task in pool], dtype=np.int16)
-    return PoolView(tuple(pool.ids), pool.weak, pool.strong, domains, tuple(names))
+    return PoolView(pool.ids, pool.weak, pool.strong, pool.domains, pool.domain_names)
 
 
 def gpus_of(config: Config) -> tuple[list[int | None], list[int | None]]:

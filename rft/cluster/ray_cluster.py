@@ -8,7 +8,8 @@ import shutil
 import signal
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -54,6 +55,15 @@ class Host:
         except RftError as error:
             return Failure(str(error))
 
+    def stream(self, method: str, *args: Any) -> Iterator[Any]:
+        if self._failure is not None:
+            yield self._failure
+            return
+        try:
+            yield from getattr(self._part, method)(*args)
+        except RftError as error:
+            yield Failure(str(error))
+
     def close(self) -> None:
         """Let the part end its own processes and free its semaphores before this one is killed."""
         if self._failure is None:
@@ -73,6 +83,9 @@ class RayHandle:
 
     def call(self, method: str, *args: Any) -> Any:
         return self.actor.call.remote(method, *args)
+
+    def stream(self, method: str, *args: Any) -> Any:
+        return self.actor.stream.options(num_returns="streaming").remote(method, *args)
 
 
 class RayCluster:
@@ -141,20 +154,43 @@ class RayCluster:
         end = time.monotonic() + deadline
         waiting = list(pending)
         values: dict[Any, Any] = {}
-        try:
+        with self._naming(what):
             while waiting:
                 # One by one as they come: a rank's error must not wait for the ranks it holds up.
-                left = max(0.0, end - time.monotonic())
-                ready, waiting = ray.wait(waiting, num_returns=1, timeout=left)
-                if not ready:
-                    raise PartDied(
-                        f"{what} took longer than {deadline:g} s; if it is only slow, raise its "
-                        "deadline where it has one (rollout.deadline, learner.deadline)"
-                    )
-                value = values[ready[0]] = ray.get(ready[0])
-                if isinstance(value, Failure):
-                    raise RftError(value.message)
-            return [values[reference] for reference in pending]
+                first = self._first(waiting, end, what, deadline)
+                waiting.remove(first)
+                values[first] = _value(first)
+        return [values[reference] for reference in pending]
+
+    def stream(self, pending: Sequence[Any], *, what: str, deadline: float) -> Iterator[Any]:
+        end = time.monotonic() + deadline
+        waiting = list(pending)
+        while waiting:
+            with self._naming(what):
+                first = self._first(waiting, end, what, deadline)
+                try:
+                    value = _value(next(first))
+                except StopIteration:
+                    waiting.remove(first)
+                    continue
+            yield pending.index(first), value
+
+    def _first(self, waiting: list[Any], end: float, what: str, deadline: float) -> Any:
+        """One of `waiting` that has something."""
+        left = max(0.0, end - time.monotonic())
+        ready, _ = ray.wait(waiting, num_returns=1, timeout=left)
+        if not ready:
+            raise PartDied(
+                f"{what} took longer than {deadline:g} s; if it is only slow, raise its "
+                "deadline where it has one (rollout.deadline, learner.deadline)"
+            )
+        return ready[0]
+
+    @contextmanager
+    def _naming(self, what: str) -> Iterator[None]:
+        """Ray's errors as ours, which name the part."""
+        try:
+            yield
         except RayActorError as error:
             ids = {handle.actor._actor_id.hex(): handle.name for handle in self._handles}
             name = ids.get(error.actor_id, "a worker")
@@ -200,3 +236,10 @@ class RayCluster:
             if log.stat().st_size:
                 shutil.copy(log, self._logs)
         return self._logs
+
+
+def _value(reference: Any) -> Any:
+    value = ray.get(reference)
+    if isinstance(value, Failure):
+        raise RftError(value.message)
+    return value

@@ -3,18 +3,31 @@
 from __future__ import annotations
 
 import re
-from dataclasses import fields, is_dataclass
+from dataclasses import dataclass, field, fields, is_dataclass
 from importlib import resources
-from typing import Any, TypeVar
+from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from rft.config.schema import Config
+from rft.config.schema import Config, TasksConfig
 from rft.config.validate import PARTS
 from rft.errors import RftError, nearest
 
 Schema = TypeVar("Schema")
+
+
+@dataclass
+class _ComposedTasks(TasksConfig):
+    evaluation: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass
+class Composed(Config):
+    """The schema while Hydra composes: `+tasks.evaluation.mine.source=...` begins with a plain
+    dict, which a dict of `PoolConfig` refuses. `to_config` has the typed one."""
+
+    tasks: _ComposedTasks = field(default_factory=_ComposedTasks)
 
 
 def to_config(composed: DictConfig) -> Config:
@@ -86,13 +99,16 @@ def _hint(key: str, schema: Any) -> str:
 
 
 def keys(config: Any = Config, prefix: str = "") -> list[str]:
-    """Every dotted key there is."""
+    """Every dotted key there is; `*` stands for a name of the user's."""
+    types = get_type_hints(config if isinstance(config, type) else type(config))
     found = []
     for f in fields(config):
         found.append(prefix + f.name)
-        nested: Any = f.default_factory
+        nested, named = types[f.name], get_args(types[f.name])[1:]
         if is_dataclass(nested):
             found += keys(nested, f"{prefix}{f.name}.")
+        elif named and is_dataclass(named[0]):
+            found += keys(named[0], f"{prefix}{f.name}.*.")
     return found
 
 

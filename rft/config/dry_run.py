@@ -6,12 +6,14 @@ import math
 import os
 from dataclasses import asdict
 from pathlib import Path
+from typing import Any
 
 import yaml
 
 from rft.config.compose import plain
 from rft.config.schema import Config
 from rft.config.validate import gpu_count, resolve_device
+from rft.errors import RftError
 
 GIB = 2**30
 BYTES = {"float32": 4, "bfloat16": 2}
@@ -48,19 +50,17 @@ def _batch(config: Config) -> str:
 
 
 def _placement(config: Config) -> str:
-    device = resolve_device(config.cluster)
-    engines, ranks = config.rollout.engines, config.learner.workers
-    if config.cluster.mode == "inline":
+    cluster, engines, ranks = config.cluster, config.rollout.engines, config.learner.workers
+    device = resolve_device(cluster, planning=True)
+    if cluster.mode == "inline":
         where = "all parts in this process"
-    elif config.cluster.address == "local":
+    elif cluster.address == "local":
         where = "a Ray cluster of its own on this machine's loopback"
     else:
-        where = f"the Ray cluster at {config.cluster.address}"
+        where = f"the Ray cluster at {cluster.address}"
     lines = [f"{where}; device {device}"]
     if device == "cuda":
-        shared = config.cluster.placement == "colocated"
-        need = max(engines, ranks) if shared else engines + ranks
-        lines.append(f"{need} GPUs ({config.cluster.placement}), {gpu_count()} on this machine")
+        lines += _nodes(config)
     lines.append(
         f"{engines} engine(s) {config.rollout.engine['_target_'].rpartition('.')[2]}, "
         f"{ranks} learner rank(s) with ZeRO {config.learner.zero_stage}, 1 scheduler, "
@@ -69,11 +69,29 @@ def _placement(config: Config) -> str:
     return "\n".join(lines)
 
 
+def _nodes(config: Config) -> list[str]:
+    """Which part is on which GPU, a line a node; nodes are filled one after another."""
+    engines, ranks = config.rollout.engines, config.learner.workers
+    shared = config.cluster.placement == "colocated"
+    holds: list[list[str]] = [[] for _ in range(max(engines, ranks) if shared else engines + ranks)]
+    for i in range(engines):
+        holds[i].append(f"engine {i}")
+    for rank in range(ranks):
+        holds[rank if shared else engines + rank].append(f"rank {rank}")
+    lines = [f"{len(holds)} GPUs ({config.cluster.placement}), {gpu_count()} on this machine"]
+    per_node = config.cluster.gpus_per_node
+    for node, first in enumerate(range(0, len(holds), per_node)):
+        gpus = [" + ".join(parts) for parts in holds[first : first + per_node]]
+        lines.append(f"  node {node}: {' | '.join(gpus)}")
+    return lines
+
+
 def _memory(config: Config) -> str:
     path = config.model.path
     if config.prepare is not None and not (Path(path) / "config.json").is_file():
         return f"{path} is not there yet: {config.prepare['_target_']} will make it"
-    parameters, largest = _parameters(path)
+    model, source = _model_config(config)
+    parameters, largest = _parameters(model)
     width, ranks, stage = (
         BYTES[config.model.dtype],
         config.learner.workers,
@@ -83,26 +101,62 @@ def _memory(config: Config) -> str:
     optimizer = parameters * (8 if width == 4 else 12) / (ranks if stage >= 1 else 1)
     gradients = parameters * width / (ranks if stage >= 2 else 1)
     weights = parameters * width / (ranks if stage >= 3 else 1) + (largest if stage == 3 else 0)
-    total = (weights + gradients + optimizer) / GIB
+    activations = _activations(config, model) * width
+    total = weights + gradients + optimizer + activations
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    kv = 2 * model.num_hidden_layers * heads * size * width
+    longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
     return "\n".join(
         [
-            f"{parameters / 1e6:,.1f}M parameters in {config.model.dtype}",
+            f"{parameters / 1e6:,.1f}M parameters in {config.model.dtype} ({source})",
             f"each learner rank: {weights / GIB:.2f} GiB weights + {gradients / GIB:.2f} gradients "
-            f"+ {optimizer / GIB:.2f} optimizer = {total:.2f} GiB, activations aside",
-            f"each engine: {parameters * width / GIB:.2f} GiB weights, KV cache aside",
+            f"+ {optimizer / GIB:.2f} optimizer + about {activations / GIB:.1f} activations of "
+            f"{config.learner.token_budget:,} tokens = {total / GIB:.1f} GiB",
+            f"each engine: {parameters * width / GIB:.2f} GiB weights; KV cache {kv / 1024:.0f} "
+            f"KiB a token, {kv * longest / GIB:.2f} GiB a sequence of {longest:,} tokens",
             f"this machine: {_memory_bytes() / GIB:.1f} GiB of memory",
         ]
     )
 
 
-def _parameters(path: str) -> tuple[int, int]:
+def _model_config(config: Config) -> tuple[Any, str]:
+    """The model's own config and where it is from: its folder or the hub, else `model.shape`."""
+    from transformers import AutoConfig
+
+    try:
+        return AutoConfig.from_pretrained(config.model.path), f"config.json of {config.model.path}"
+    except (OSError, ValueError) as error:
+        shape = dict(config.model.shape)
+        if not shape:
+            raise RftError(
+                f"model.path={config.model.path} cannot be read ({str(error).splitlines()[0]}), so "
+                "there is no memory estimate; give a local folder, or the sizes as model.shape"
+            ) from error
+        return AutoConfig.for_model(shape.pop("model_type"), **shape), "sizes of model.shape"
+
+
+def _activations(config: Config, model: Any) -> int:
+    """Numbers kept for the backward pass of one micro-batch, roughly: 34 a hidden unit and token
+    (Korthikanti et al., arXiv 2205.05198, without what flash attention does not keep), of all
+    layers or, with checkpointing, of one and the layers' inputs; and logits with their gradient in
+    float32."""
+    tokens, hidden, layers = config.learner.token_budget, model.hidden_size, model.num_hidden_layers
+    layer = 34 * hidden // 2
+    kept = layers * hidden + layer if config.model.gradient_checkpointing else layers * layer
+    logits = model.vocab_size * 2 * 4 // BYTES[config.model.dtype]
+    return int(tokens * (kept + logits))
+
+
+def _parameters(model: Any) -> tuple[int, int]:
     """Parameters of the model, and bytes of its largest one, without its weights."""
     from accelerate import init_empty_weights
-    from transformers import AutoConfig, AutoModelForCausalLM
+    from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(path))
-    sizes = [p.numel() for p in model.parameters()]
+        empty = AutoModelForCausalLM.from_config(model)
+    empty.tie_weights()  # an embedding that is also the head counts once
+    sizes = [p.numel() for p in empty.parameters()]
     return sum(sizes), max(sizes) * 4
 
 

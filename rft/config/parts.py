@@ -37,12 +37,21 @@ def check(where: str, part: dict[str, Any]) -> None:
         if key not in keywords:
             hint = nearest(key, [*keywords])
             raise RftError(f"{where}.{key}: {target} has no key {key!r}; {hint}")
-        if isinstance(value, dict) and "_target_" in value:
-            check(f"{where}.{key}", value)
+        _check_within(f"{where}.{key}", value)
         choices = keywords[key]
         if choices and value not in choices:
             hint = nearest(str(value), choices)
             raise RftError(f"{where}.{key}={value!r} is not a choice; {hint}")
+
+
+def _check_within(where: str, value: Any) -> None:
+    """Check a part that is an argument, or those in a dict of parts."""
+    if isinstance(value, dict):
+        if "_target_" in value:
+            check(where, value)
+        else:
+            for key, inner in value.items():
+                _check_within(f"{where}.{key}", inner)
 
 
 @cache

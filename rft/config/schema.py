@@ -24,6 +24,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     attention: str = "sdpa"
     """transformers' attention implementation in the learner: sdpa, eager, flash_attention_2."""
+    shape: dict[str, Any] = field(default_factory=dict)
+    """Sizes as in the model's config.json, for a dry run where the model itself is not at hand."""
 
 
 @dataclass
@@ -110,12 +112,15 @@ class RolloutConfig:
 class RewardConfig:
     verifier: Part = field(default_factory=dict)
     """The verifier class and its own options."""
-    shapers: list[Part] = field(default_factory=list)
-    """What else is rewarded, applied in order; task selection sees correctness alone."""
+    shapers: dict[str, Part] = field(default_factory=dict)
+    """What else is rewarded, by a name of your choice, applied in order; task selection sees
+    correctness alone. `+shaper@reward.shapers.length=alp` adds one."""
     workers: int = 1
     """Verifier processes."""
     timeout: float = 10.0
     """Seconds one check may take; then its process is killed and the score counts as a timeout."""
+    memory_gib: float = 16.0
+    """Address space of a verifier process, and so the most memory it can take."""
 
 
 @dataclass
@@ -157,6 +162,8 @@ class ClusterConfig:
     placement: str = "disaggregated"
     """On GPU: disaggregated (engines and learner on their own GPUs) or colocated (shared; engines
     sleep while the learner works)."""
+    gpus_per_node: int = 8
+    """GPUs of a node, for the placement that a dry run prints."""
     threads: int = 0
     """CPU threads of each engine and each learner rank; 0 shares the machine's cores out."""
 
@@ -171,6 +178,9 @@ class EvaluationConfig:
     """Sampling temperature in evaluation; 0 is greedy."""
     max_tasks: int = 0
     """Tasks of each set that are used, the first ones; 0 is all."""
+    rollouts_a_part: int = 2048
+    """Completions that each engine makes between two writes of rft.evaluate and
+    rft.reference_eval: what an interruption costs, and what keeps engines full."""
 
 
 @dataclass

@@ -30,8 +30,12 @@ CHOICES = {
     "cluster.device": ("auto", "cpu", "cuda"),
     "cluster.placement": ("disaggregated", "colocated"),
     "tracking.console": ("auto", "rich", "plain", "off"),
-    "tasks.nan_pass_rates": ("error", "unknown"),
+    "tasks.chat": ("auto", "always", "never"),
+    "tasks.thinking": ("auto", "on", "off"),
+    "tasks.too_long": ("drop", "error"),
+    "tasks.overlap": ("error", "drop", "allow"),
 }
+POOL_FILES = (".jsonl", ".jsonl.gz", ".parquet")
 AT_LEAST: dict[str, float] = {
     "steps": 1,
     "tasks_per_step": 1,
@@ -49,17 +53,20 @@ AT_LEAST: dict[str, float] = {
     "learner.port": 0,
     "learner.deadline": 1,
     "cluster.threads": 0,
+    "cluster.gpus_per_node": 1,
     "evaluation.every": 0,
     "evaluation.samples": 1,
     "evaluation.temperature": 0,
     "evaluation.max_tasks": 0,
+    "evaluation.rollouts_a_part": 1,
     "checkpoint.every": 1,
     "checkpoint.keep": 1,
 }
 
 
-def validate(config: Config) -> None:
-    """Raise `RftError` naming the first key that cannot work, its value and the mend."""
+def validate(config: Config, *, training: bool = True) -> None:
+    """Raise `RftError` naming the first key that cannot work, its value and the mend. Without
+    `training` there are no learner ranks to make room for."""
     _values(config)
     for key in ("model_path", "dtype", "device", "max_length", "threads"):
         if key in config.rollout.engine:
@@ -69,18 +76,21 @@ def validate(config: Config) -> None:
             )
     for where in PARTS:
         check(where, get(config, where))
+    for name, shaper in config.reward.shapers.items():
+        check(f"reward.shapers.{name}", shaper)
     for i, transform in enumerate(config.transforms):
         check(f"transforms[{i}]", transform)
     if config.prepare is not None:
         check("prepare", config.prepare)
     longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
-    if config.learner.token_budget < longest:
+    if training and config.learner.token_budget < longest:
         raise RftError(
             f"learner.token_budget={config.learner.token_budget} cannot hold one sequence of "
             f"tasks.max_prompt_tokens + rollout.max_tokens = {longest}; raise it to at least that"
         )
-    _machine(config)
-    _port(config)
+    _machine(config, training)
+    if training:
+        _port(config)
     _folder(config)
     if config.prepare is None:
         check_files(config)
@@ -95,7 +105,7 @@ def _values(config: Config) -> None:
         value = get(config, key)
         if not value >= least:
             raise RftError(f"{key}={value} is too small; it must be at least {least:g}")
-    for key in ("learner.lr", "rollout.temperature", "reward.timeout"):
+    for key in ("learner.lr", "rollout.temperature", "reward.timeout", "reward.memory_gib"):
         value = get(config, key)
         if not 0 < value < float("inf"):
             raise RftError(f"{key}={value} must be a positive number")
@@ -108,11 +118,12 @@ def _values(config: Config) -> None:
         raise RftError(f"name={name!r} must be a plain folder name; it is kept under runs_dir")
 
 
-def _machine(config: Config) -> None:
+def _machine(config: Config, training: bool) -> None:
     learner, cluster = config.learner, config.cluster
-    if cluster.mode == "inline" and (learner.workers > 1 or config.rollout.engines > 1):
+    ranks = learner.workers if training else 0
+    if cluster.mode == "inline" and (ranks > 1 or config.rollout.engines > 1):
         raise RftError(
-            f"cluster=inline is one process and cannot hold learner.workers={learner.workers} and "
+            f"cluster=inline is one process and cannot hold learner.workers={ranks} and "
             f"rollout.engines={config.rollout.engines}; use cluster=ray, or one of each"
         )
     share = config.rollout.engine.get("gpu_memory_fraction", 0.0)
@@ -121,24 +132,25 @@ def _machine(config: Config) -> None:
             f"cluster.placement=colocated with rollout.engine.gpu_memory_fraction={share} leaves "
             "the learner on the same GPU too little; set it to 0.6 or less"
         )
-    device = resolve_device(cluster)
+    device = resolve_device(cluster, planning=config.dry_run)
+    if config.dry_run and device == "cuda":
+        return  # what is planned here may run elsewhere
     if cluster.mode == "ray" and cluster.address != "local":
         return  # what the cluster has is asked of the cluster
     if device == "cpu":
         cores = len(os.sched_getaffinity(0))
-        if learner.workers > cores:
+        if ranks > cores:
             raise RftError(
-                f"learner.workers={learner.workers} on a machine with {cores} cores; "
-                f"use at most {cores}"
+                f"learner.workers={ranks} on a machine with {cores} cores; use at most {cores}"
             )
         return
     gpus = gpu_count()
-    need = max(learner.workers, config.rollout.engines)
+    need = max(ranks, config.rollout.engines)
     if cluster.placement == "disaggregated" and cluster.mode == "ray":
-        need = learner.workers + config.rollout.engines
+        need = ranks + config.rollout.engines
     if need > gpus:
         raise RftError(
-            f"this run needs {need} GPUs (learner.workers={learner.workers}, "
+            f"this run needs {need} GPUs (learner.workers={ranks}, "
             f"rollout.engines={config.rollout.engines}, cluster.placement={cluster.placement}) and "
             f"this machine has {gpus}; lower them, use cluster.placement=colocated, or run on CPU "
             "with cluster.device=cpu and a small model"
@@ -184,11 +196,19 @@ def check_files(config: Config) -> None:
                 "Hugging Face folder or hub id"
             )
         _positions(config, folder / "config.json")
-    sources = {"tasks.train": config.tasks.train}
-    sources |= {f"tasks.evaluation.{n}": s for n, s in config.tasks.evaluation.items()}
-    for key, source in sources.items():
-        if source.endswith((".jsonl", ".parquet")) and not Path(source).is_file():
-            raise RftError(f"{key}={source} is not there; set it to a task file that is")
+    pools = {"tasks.train": config.tasks.train}
+    pools |= {f"tasks.evaluation.{name}": pool for name, pool in config.tasks.evaluation.items()}
+    for key, pool in pools.items():
+        source = Path(pool.source)
+        is_path = source.is_absolute() or pool.source.startswith((".", "~"))
+        if (is_path or pool.source.endswith(POOL_FILES)) and not source.exists():
+            raise RftError(f"{key}.source={pool.source} is not there; set it to a pool that is")
+        for reference, rates in pool.rates.items():
+            if not Path(rates).is_file():
+                raise RftError(
+                    f"{key}.rates.{reference}={rates} is not there; write it with "
+                    "rft.reference_eval, or leave it out"
+                )
 
 
 def _positions(config: Config, path: Path) -> None:
@@ -201,10 +221,12 @@ def _positions(config: Config, path: Path) -> None:
         )
 
 
-def resolve_device(cluster: ClusterConfig) -> str:
-    """cpu or cuda. Raises `RftError` for cuda on a machine without a GPU, and for auto where the
-    run is not on this machine."""
+def resolve_device(cluster: ClusterConfig, *, planning: bool = False) -> str:
+    """cpu or cuda. Raises `RftError` for cuda on a machine without a GPU, unless the run is only
+    being planned, and for auto where the run is not on this machine."""
     device = cluster.device
+    if planning and device == "cuda":
+        return device
     if cluster.mode == "ray" and cluster.address != "local":
         if device == "auto":
             raise RftError(

@@ -32,6 +32,9 @@ class ShaperSetup:
 class Shaper:
     """Base of all shapers; built with the run's `ShaperSetup` and its own keys."""
 
+    gives_advantages = False
+    """Whether `shape` returns advantages, which `advantage=hbpo` passes on."""
+
     def __init__(self, setup: ShaperSetup) -> None:
         self.setup = setup
 

@@ -38,26 +38,24 @@ class BadReward(Exception):
 
 
 def judge(verifier: Verifier, task: Task, text: str, finish: Finish) -> Score:
-    """The verifier's word as a `Score`, whatever it does.
-
-    A reward that is not a number from 0 to 1 is an `error`, and so is a fraction from a verifier
-    that does not declare `fractional`.
-    """
+    """The verifier's word as a `Score`, whatever it does."""
     try:
-        return _score(verifier, verifier(task, text, finish))
+        return score_of(verifier, verifier(task, text, finish))
     except TimeoutError as error:
         return Score(0.0, "timeout", _line(error))
     except BaseException as error:  # noqa: BLE001  (the fault boundary: a verifier may do anything)
         return Score(0.0, "error", f"{type(error).__name__}: {_line(error)}")
 
 
-def _score(verifier: Verifier, said: Any) -> Score:
+def score_of(verifier: Verifier, said: Any) -> Score:
+    """What `verifier` said as a `Score`. Raises BadReward for what is not a number from 0 to 1, and
+    for a fraction from a verifier that does not declare `fractional`."""
     verdict = said if isinstance(said, Verdict) else Verdict(float(said))
-    reward = float(verdict.reward)
+    reward, name = float(verdict.reward), type(verifier).__name__
     if not 0.0 <= reward <= 1.0:  # NaN fails this too
-        raise BadReward(f"the reward {reward} is not in [0, 1]; mend the verifier")
+        raise BadReward(f"{name} gave the reward {reward}, not in [0, 1]; mend it")
     if 0.0 < reward < 1.0 and not getattr(verifier, "fractional", False):
-        raise BadReward(f"the reward {reward} is a fraction; set fractional = True on the verifier")
+        raise BadReward(f"{name} gave the reward {reward}, a fraction; set fractional = True on it")
     if reward == 1.0:
         return Score(1.0, "correct", verdict.detail)
     return Score(reward, "partial" if reward > 0.0 else "wrong", verdict.detail)

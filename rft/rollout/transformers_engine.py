@@ -31,6 +31,7 @@ from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
 
 from rft.errors import RftError, nearest
 from rft.records import Receipt, Request, Rollout, WeightBundle
+from rft.rollout.stream import Finished, in_order
 from rft.weights import DTYPES, copy_into
 
 COMPACT_AT = 0.25
@@ -182,7 +183,11 @@ class TransformersEngine:
         self._takes_positions = "position_ids" in parameters
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per seed, in the order of requests and of their seeds.
+        """One rollout per seed, in the order of requests and of their seeds."""
+        return in_order(self.stream(requests))
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Finished]:
+        """The rollouts of `generate`, a batch at a time.
 
         Raises RftError, before any work, for a request that does not fit `max_length`.
         """
@@ -191,11 +196,9 @@ class TransformersEngine:
         rows = [_Row(request, i) for request in requests for i in range(len(request.seeds))]
         # Neighbours of like length waste little padding; equal prompts share one computation.
         order = sorted(range(len(rows)), key=lambda i: _sort_key(rows[i].request))
-        results: dict[int, Rollout] = {}
         for start in range(0, len(order), self._max_sequences):
             places = order[start : start + self._max_sequences]
-            results.update(zip(places, self._batch([rows[i] for i in places]), strict=True))
-        return [results[i] for i in range(len(rows))]
+            yield list(zip(places, self._batch([rows[i] for i in places]), strict=True))
 
     @torch.inference_mode()
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:

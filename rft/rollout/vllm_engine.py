@@ -10,7 +10,7 @@ included. Every rollout is a request with a seed of its own.
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -18,6 +18,7 @@ import numpy.typing as npt
 
 from rft.errors import RftError
 from rft.records import Finish, Receipt, Request, Rollout, WeightBundle
+from rft.rollout.stream import Finished, in_order, parcels
 
 if TYPE_CHECKING:
     from vllm import RequestOutput
@@ -77,7 +78,11 @@ class VllmEngine:
         self._version = 0
 
     def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per seed, in the order of requests and of their seeds.
+        """One rollout per seed, in the order of requests and of their seeds."""
+        return in_order(self.stream(requests))
+
+    def stream(self, requests: Sequence[Request]) -> Iterator[Finished]:
+        """The rollouts of `generate` as they finish.
 
         Raises RftError, before any work, for a request that does not fit `max_length`.
         """
@@ -97,8 +102,20 @@ class VllmEngine:
                     detokenize=False,
                 )
             )
-        outputs = self._llm.generate(prompts, params, use_tqdm=False)
-        return [self._rollout(*row, output) for row, output in zip(rows, outputs, strict=True)]
+        if rows:
+            ids = self._llm.enqueue(prompts, params, use_tqdm=False)
+            first = int(ids[0].partition("-")[0])  # vLLM numbers requests, then adds a suffix
+            yield from parcels(self._steps(rows, first))
+
+    def _steps(self, rows: Sequence[tuple[Request, int]], first: int) -> Iterator[Finished]:
+        engine = self._llm.llm_engine
+        while engine.has_unfinished_requests():
+            outputs = [output for output in engine.step() if output.finished]
+            places = [int(output.request_id.partition("-")[0]) - first for output in outputs]
+            yield [
+                (place, self._rollout(*rows[place], output))
+                for place, output in zip(places, outputs, strict=True)
+            ]
 
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-prob at temperature 1 of each token after the first: [T] -> [T - 1]."""

@@ -1,0 +1,69 @@
+"""A run's pools: what it trains on and is evaluated on, read and checked."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+
+import numpy as np
+
+from rft.config.schema import Config
+from rft.errors import RftError
+from rft.records import Announcement
+from rft.rewards.shaper import Shaper
+from rft.tasks.pool import TaskPool, load_pool
+from rft.tasks.prompts import PromptEncoder
+
+Say = Callable[[str], None]
+
+
+def training_pool(
+    config: Config, encoder: PromptEncoder, shapers: Sequence[Shaper], say: Say
+) -> TaskPool:
+    """The training pool. Prompts must leave room for what the shapers tell the policy.
+
+    Raises RftError for anything that keeps it from being used, and for fewer tasks than a step.
+    """
+    room = config.tasks.max_prompt_tokens - told(config, encoder, shapers)
+    if room < 1:
+        raise RftError(
+            f"tasks.max_prompt_tokens={config.tasks.max_prompt_tokens} does not even hold what "
+            "reward.shapers announce; raise it"
+        )
+    tasks = replace(config.tasks, max_prompt_tokens=room)
+    pool = load_pool(config.tasks.train, tasks, encoder, key="tasks.train")
+    say(pool.summary)
+    if config.tasks_per_step > len(pool):
+        raise RftError(
+            f"tasks_per_step={config.tasks_per_step} is more than the {len(pool)} tasks of "
+            f"{config.tasks.train.source}; lower it"
+        )
+    return pool
+
+
+def evaluation_pools(config: Config, encoder: PromptEncoder, say: Say) -> dict[str, TaskPool]:
+    """The held-out sets by name."""
+    pools = {}
+    for name, source in config.tasks.evaluation.items():
+        most = config.evaluation.max_tasks
+        if most and (not source.max_tasks or most < source.max_tasks):
+            source = replace(source, max_tasks=most)
+        pools[name] = load_pool(source, config.tasks, encoder, key=f"tasks.evaluation.{name}")
+        say(pools[name].summary)
+    return pools
+
+
+def told(config: Config, encoder: PromptEncoder, shapers: Sequence[Shaper]) -> int:
+    """Tokens that announcements may add to a prompt, over the run."""
+    steps = np.unique(np.linspace(1, config.steps, 64).astype(int))
+    said = {
+        Announcement(user=a.user, assistant=a.assistant)
+        for shaper in shapers
+        for step in steps
+        for a in shaper.announcements(int(step))
+    }
+    if not said:
+        return 0
+    plain = len(encoder.encode("x", "{prompt}", Announcement()))
+    # Two more: where texts meet, tokens may split otherwise.
+    return max(len(encoder.encode("x", "{prompt}", a)) for a in said) - plain + 2

@@ -1,0 +1,62 @@
+"""Rollouts with their scores: what training, evaluation and reference rates all start from."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from rft.clock import Clock
+from rft.cluster.groups import Engines, Verifiers
+from rft.config.schema import Config
+from rft.records import Request, Rollout, Sampling, Score
+from rft.seeding import derive
+from rft.tasks.pool import TaskPool
+
+
+def sample(
+    engines: Engines,
+    verifiers: Verifiers,
+    pool: TaskPool,
+    requests: Sequence[Request],
+    clock: Clock,
+) -> tuple[list[Rollout], list[Score]]:
+    """Every rollout in the order of requests and seeds, and its score.
+
+    Rollouts are scored as they finish, while others are generated: `time/score` is only what is
+    waited for in the end.
+    """
+    tasks = {request.task: pool.task(request.task) for request in requests}
+    places: list[int] = []
+    found: list[Rollout] = []
+    with clock("generate"):
+        for parcel in engines.stream(requests):
+            verifiers.submit([(tasks[r.task], r.text, r.finish) for _, r in parcel])
+            places += [place for place, _ in parcel]
+            found += [rollout for _, rollout in parcel]
+    with clock("score"):
+        scores = verifiers.collect()
+    order = sorted(range(len(places)), key=places.__getitem__)
+    return [found[i] for i in order], [scores[i] for i in order]
+
+
+def evaluation_requests(
+    config: Config, name: str, pool: TaskPool, tasks: Sequence[str]
+) -> list[Request]:
+    """What is sampled of some tasks of the held-out set `name`.
+
+    Seeds depend neither on the step nor on which tasks are asked for together: two evaluations
+    differ by their weights alone.
+    """
+    sampling = Sampling(config.evaluation.temperature, config.rollout.max_tokens)
+    return [
+        Request(
+            task,
+            pool.prompt_ids[pool.index(task)],
+            tuple(
+                derive(config.seed, "evaluate", name, task, j)
+                for j in range(config.evaluation.samples)
+            ),
+            sampling,
+            tag="evaluation",
+        )
+        for task in tasks
+    ]
