@@ -141,15 +141,15 @@ def check_machine() -> Iterator[Check]:
 
 
 def check_sandbox() -> Iterator[Check]:
-    """What the code sandbox can use; only verifiers that run code need it."""
-    if shutil.which("bwrap") is None:
-        mend = "apt-get install bubblewrap, if rewards run code"
-        yield Check("code sandbox", "warn", "bubblewrap is not installed", mend)
-    elif _works("bwrap", "--ro-bind", "/", "/", "--unshare-all", "true"):
-        yield Check("code sandbox", "ok", "bubblewrap and user namespaces work")
-    else:
-        mend = "allow user namespaces, if rewards run code (in docker: --security-opt seccomp=...)"
-        yield Check("code sandbox", "warn", "bubblewrap cannot make a user namespace", mend)
+    """How code rewards run programs here: each way is started and proves itself."""
+    from rft.errors import RftError
+    from rft.sandbox.sandbox import probe
+
+    try:
+        yield Check("code sandbox", "ok", f"{probe()} isolates programs")
+    except RftError as error:
+        found, _, mend = str(error).rpartition(". ")
+        yield Check("code sandbox", "warn", f"{found}; needed for code rewards only", mend)
 
 
 def check_network() -> Iterator[Check]:

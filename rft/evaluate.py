@@ -83,7 +83,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     """Sample all evaluation sets of `config` into `folder`; the numbers of each set."""
     from rft.cluster.place import place_sampling
     from rft.config.parts import build
-    from rft.pools import evaluation_pools
+    from rft.pools import evaluation_pools, verifier_names
     from rft.run import owned
     from rft.samples import same_settings, sampled, tasks_a_part
     from rft.sampling import evaluation_requests
@@ -97,7 +97,10 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     with owned(folder):
         same_settings(folder, settings(config))
         boards: dict[str, dict[str, Any]] = {}
-        with place_sampling(config, folder) as (engines, verifiers):
+        with place_sampling(config, verifier_names(*pools.values()), folder) as (
+            engines,
+            verifiers,
+        ):
             for name, pool in pools.items():
 
                 def requests(tasks: Sequence[str], name: str = name, pool: Any = pool) -> list[Any]:

@@ -45,6 +45,7 @@ def collect(config: Config) -> Path:
     """Sample the training pool of `config` and write its rates; where to."""
     from rft.cluster.place import place_sampling
     from rft.config.parts import build
+    from rft.pools import verifier_names
     from rft.run import owned
     from rft.samples import same_settings, sampled, tasks_a_part
     from rft.tasks.pool import load_pool
@@ -60,7 +61,7 @@ def collect(config: Config) -> Path:
     tally = Tally(pool.ids)
     with owned(folder):
         same_settings(folder, made)
-        with place_sampling(config, folder) as (engines, verifiers):
+        with place_sampling(config, verifier_names(pool), folder) as (engines, verifiers):
 
             def requests(tasks: Sequence[str]) -> list[Request]:
                 return reference_requests(config, pool, tasks)

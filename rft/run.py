@@ -24,7 +24,7 @@ from rft.config.schema import Config
 from rft.config.validate import check_files
 from rft.errors import RftError
 from rft.loop import Progress, Run, Stop, train
-from rft.pools import evaluation_pools, training_pool
+from rft.pools import evaluation_pools, training_pool, verifier_names
 from rft.rewards.shaper import Shaper
 from rft.scheduler.journal import rewind_journal
 from rft.scheduler.parts import Setup
@@ -34,6 +34,7 @@ from rft.state import write_atomic
 from rft.tasks.overlap import check_overlap
 from rft.tasks.pool import TaskPool
 from rft.tasks.prompts import PromptEncoder
+from rft.tracking.environment import write_environment
 from rft.tracking.files import RunFiles
 from rft.tracking.tracker import Tracker
 
@@ -108,7 +109,12 @@ def _train(
         if progress.step:
             tracker.message(f"resuming {folder} after step {progress.step}")
         resume = found[0] / "learner" if found else None
-        with place(config, pool, folder, resume) as parts:
+        names = verifier_names(pool, *evaluation.values())
+        with place(config, pool, names, folder, resume) as parts:
+            about = parts.verifiers.about()
+            if about:
+                tracker.message(f"verifiers: {about}")
+            write_environment(folder, verifiers=about)
             this = Run(
                 config,
                 pool,

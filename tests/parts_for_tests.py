@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 
+from rft.errors import RftError
 from rft.records import Finish, Task
 from rft.scheduler.parts import Ask, Ints, Planner, PlanView, Selector, SelectView, Setup
 from rft.scheduler.planners.constant import Constant
@@ -34,6 +35,15 @@ class TooGenerous:
 
     def __call__(self, task: Task, text: str, finish: Finish) -> float:
         return 1.7
+
+
+class FailsLater(Constant):
+    """A planner that works for two steps."""
+
+    def next_requests(self, view: PlanView) -> list[Ask]:
+        if view.step > 2:
+            raise RftError("FailsLater wants no third step")
+        return super().next_requests(view)
 
 
 class DiesOnce(Constant):

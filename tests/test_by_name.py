@@ -36,6 +36,9 @@ class Says:
             raise TimeoutError("no reply")
         return float(text)
 
+    def prepare(self, names: list[str]) -> str:
+        return f"{', '.join(names)} are said"
+
     def close(self) -> None:
         CLOSED.append("says")
 
@@ -91,14 +94,21 @@ def test_a_part_is_built_at_its_first_task_and_once() -> None:
     assert CLOSED == ["says"]
 
 
-def test_a_name_without_a_route_names_task_verifier_and_routes() -> None:
+def test_a_name_without_a_route_is_refused_before_anything_is_checked() -> None:
     router = ByName({"math": part("Says"), "code": part("Says")})
-    with pytest.raises(RftError, match=r"'t'.*'mth'.*did you mean 'math'"):
+    with pytest.raises(RftError, match=r"'mth'.*did you mean 'math'"):
+        router.prepare(["math", "mth"])
+    with pytest.raises(RftError, match=r"'mth'.*did you mean 'math'"):
         router(task(verifier="mth"), "1", "stop")
     with pytest.raises(RftError, match=r"the verifier ''.*known: code, math"):
         router(task(verifier=""), "1", "stop")
     with pytest.raises(RftError, match="routes is empty"):
         ByName({})
+
+
+def test_what_the_needed_parts_work_with_is_told_and_the_others_are_not_built() -> None:
+    router = ByName({"says": part("Says"), "code": part("NeverBuilt")})
+    assert router.prepare(["says", "says_again"]) == "says, says_again are said"
 
 
 def test_partial_credit_is_for_the_routes_that_declare_it() -> None:

@@ -13,7 +13,6 @@ import pytest
 
 from rft.errors import RftError
 from rft.records import Score, Task
-from rft.rewards.boxed import BoxedAnswer
 from rft.rewards.exact import ExactAnswer
 from rft.rewards.pool import VerifierPool
 
@@ -277,27 +276,3 @@ def test_an_exact_answer_is_the_whole_text_and_ended_by_the_model(
     text: str, finish: Any, reward: float
 ) -> None:
     assert ExactAnswer()(Task("t", "p", "42"), text, finish) == reward
-
-
-@pytest.mark.parametrize(
-    ("answer", "text", "reward"),
-    [
-        ("42", r"so \boxed{42}.", 1.0),
-        ("42", r"\boxed{41} no, \boxed{42}", 1.0),
-        ("41", r"\boxed{41} no, \boxed{42}", 0.0),
-        ("42", "42", 0.0),
-        ("42", r"<think>\boxed{42}</think> I do not know", 0.0),
-        ("42", r"<think>\boxed{1}</think> \boxed{42}", 1.0),
-        ("42", r"\boxed{42", 0.0),
-        ("42", r"\boxed{42} and \boxed{4", 1.0),
-        (r"\frac{1}{2}", r"\boxed{\dfrac{1}{2}}", 1.0),
-        (r"\frac{1}{2}", r"\boxed{0.5}", 0.0),
-        ("1000", r"\boxed{1,000}", 1.0),
-        ("(1,2)", r"\boxed{\left( 1, 2 \right)}", 1.0),
-        ("", r"\boxed{}", 1.0),
-    ],
-)
-def test_a_boxed_answer_is_the_last_whole_box_after_thinking(
-    answer: str, text: str, reward: float
-) -> None:
-    assert BoxedAnswer()(Task("t", "p", answer), text, "stop") == reward

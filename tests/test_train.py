@@ -213,12 +213,22 @@ def test_a_signal_ends_with_a_checkpoint_and_nothing_left(
 
 @pytest.mark.usefixtures("spotless")
 def test_an_error_in_the_middle_leaves_nothing_behind(tiny_model: Path, tmp_path: Path) -> None:
-    """A verifier that breaks its promise stops the run with its name."""
-    extra = ["cluster=ray", "reward.verifier._target_=parts_for_tests.TooGenerous"]
+    extra = ["cluster=ray", "scheduler.planner._target_=parts_for_tests.FailsLater"]
     done = train(*overrides(tiny_model, tmp_path, "run", *extra))
     check(done, 2)
-    assert "TooGenerous" in done.stderr
+    assert "FailsLater wants no third step" in done.stderr
     assert "Traceback" not in done.stderr
+
+
+def test_a_verifier_that_breaks_its_promise_is_counted_and_the_run_goes_on(
+    tiny_model: Path, tmp_path: Path
+) -> None:
+    extra = ["steps=2", "reward.verifier._target_=parts_for_tests.TooGenerous"]
+    done = train(*overrides(tiny_model, tmp_path, "run", *extra))
+    check(done)
+    assert "32 checks ended in error" in done.stdout
+    assert "TooGenerous gave the reward 1.7" in done.stdout
+    assert [row["reward/error"] for row in metrics(tmp_path / "run")] == [1.0, 1.0]
 
 
 def test_a_killed_scheduler_comes_back_and_changes_nothing(inline: Path, tiny_model: Path) -> None:
@@ -282,7 +292,7 @@ BAD = {
         "'Uniform'",
     ),
     "no model": (["model.path=/nowhere/model"], "model.path=/nowhere/model"),
-    "no pool": (["tasks.train=nowhere.jsonl"], "tasks.train=nowhere.jsonl"),
+    "no pool": (["tasks.train.source=nowhere.jsonl"], "tasks.train.source=nowhere.jsonl"),
     "more positions than the model has": (["rollout.max_tokens=60"], "64 positions"),
     "a budget that holds no sequence": (["learner.token_budget=8"], "learner.token_budget=8"),
     "more ranks than cores": (["cluster=ray", "learner.workers=4096"], "learner.workers=4096"),

@@ -194,6 +194,13 @@ class Verifiers:
         self._pending: list[Any] = []
         self._items = 0
 
+    def about(self) -> str:
+        """What the verifier works with; raises RftError where it cannot be built or lacks
+        something."""
+        pending = [self._handle.call("about")]
+        said: str = self._cluster.gather(pending, what="the verifiers' start", deadline=300.0)[0]
+        return said
+
     def submit(self, items: Sequence[Item]) -> None:
         """Have `items` scored, without waiting."""
         self._pending.append(self._handle.call("submit", list(items)))

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -31,23 +31,28 @@ class Parts:
 
 
 @contextmanager
-def place(config: Config, pool: TaskPool, folder: Path, resume: Path | None) -> Iterator[Parts]:
-    """Start every part, wait for the learner, and end them all on the way out. `folder` and
-    `resume` are absolute: workers on other machines start in folders of their own."""
+def place(
+    config: Config, pool: TaskPool, verifiers: Sequence[str], folder: Path, resume: Path | None
+) -> Iterator[Parts]:
+    """Start every part, wait for the learner, and end them all on the way out. `verifiers` are the
+    names that tasks of any pool have; `folder` and `resume` are absolute: workers on other machines
+    start in folders of their own."""
     cluster = make_cluster(config, gpus_needed(config), folder)
     try:
-        yield _start(cluster, config, pool, folder, resume)
+        yield _start(cluster, config, pool, verifiers, folder, resume)
     finally:
         cluster.close()
 
 
 @contextmanager
-def place_sampling(config: Config, folder: Path) -> Iterator[tuple[Engines, Verifiers]]:
+def place_sampling(
+    config: Config, verifiers: Sequence[str], folder: Path
+) -> Iterator[tuple[Engines, Verifiers]]:
     """Engines and verifiers alone, for evaluation."""
     on_gpu = resolve_device(config.cluster) == "cuda"
     cluster = make_cluster(config, config.rollout.engines if on_gpu else 0, folder)
     try:
-        yield _engines(cluster, config), _verifiers(cluster, config)
+        yield _engines(cluster, config), _verifiers(cluster, config, verifiers)
     finally:
         cluster.close()
 
@@ -80,7 +85,7 @@ def _engines(cluster: Cluster, config: Config) -> Engines:
     return Engines(cluster, handles, config.rollout.deadline)
 
 
-def _verifiers(cluster: Cluster, config: Config) -> Verifiers:
+def _verifiers(cluster: Cluster, config: Config, names: Sequence[str]) -> Verifiers:
     handle = cluster.spawn(
         "the verifiers",
         "rft.rewards.pool.VerifierPool",
@@ -88,14 +93,21 @@ def _verifiers(cluster: Cluster, config: Config) -> Verifiers:
         workers=config.reward.workers,
         timeout=config.reward.timeout,
         memory_gib=config.reward.memory_gib,
+        names=[*names],
     )
     return Verifiers(cluster, handle, config.reward.timeout)
 
 
 def _start(
-    cluster: Cluster, config: Config, pool: TaskPool, folder: Path, resume: Path | None
+    cluster: Cluster,
+    config: Config,
+    pool: TaskPool,
+    names: Sequence[str],
+    folder: Path,
+    resume: Path | None,
 ) -> Parts:
     device = resolve_device(config.cluster)
+    verifiers = _verifiers(cluster, config, names)
     engines = _engines(cluster, config)
     _, gpus = gpus_of(config)
     world = config.learner.workers
@@ -110,7 +122,6 @@ def _start(
         )
         for rank in range(world)
     ]
-    verifiers = _verifiers(cluster, config)
 
     def scheduler() -> Handle:
         return cluster.spawn(
@@ -139,6 +150,7 @@ def _start(
         verifiers,
         colocated=device == "cuda" and config.cluster.placement == "colocated",
     )
+    verifiers.about()  # what a verifier lacks shows before the learner is waited for
     learner.start(config.learner.port, resume)
     return parts
 

@@ -117,6 +117,9 @@ class RewardConfig:
     correctness alone. `+shaper@reward.shapers.length=alp` adds one."""
     workers: int = 1
     """Verifier processes."""
+    sandbox: str = "auto"
+    """How programs are isolated: bwrap, userns, auto (the first of them that proves itself here), or
+    unsafe, which does not isolate."""
     timeout: float = 10.0
     """Seconds one check may take; then its process is killed and the score counts as a timeout."""
     memory_gib: float = 16.0

@@ -29,6 +29,7 @@ CHOICES = {
     "cluster.mode": ("ray", "inline"),
     "cluster.device": ("auto", "cpu", "cuda"),
     "cluster.placement": ("disaggregated", "colocated"),
+    "reward.sandbox": ("auto", "bwrap", "userns", "unsafe"),
     "tracking.console": ("auto", "rich", "plain", "off"),
     "tasks.chat": ("auto", "always", "never"),
     "tasks.thinking": ("auto", "on", "off"),

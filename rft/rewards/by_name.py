@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import threading
+from collections.abc import Sequence
 from typing import Any
 
 from rft.config.parts import build
@@ -32,9 +33,19 @@ class ByName:
 
     def __call__(self, task: Task, text: str, finish: Finish) -> Verdict:
         """Raises RftError where no route fits, and what the chosen part raises."""
-        verifier = self._part(self._route(task))
+        verifier = self._part(self._route(task.verifier))
         score = score_of(verifier, verifier(task, text, finish))
         return Verdict(score.reward, score.detail)
+
+    def prepare(self, names: Sequence[str]) -> str:
+        """Build what tasks with these verifier names need; what those parts work with. Raises
+        RftError for a name without a route, and what a part raises."""
+        wanted: dict[str, list[str]] = {}
+        for name in names:
+            wanted.setdefault(self._route(name), []).append(name)
+        parts = {route: self._part(route) for route in wanted}
+        said = [p.prepare(wanted[route]) for route, p in parts.items() if hasattr(p, "prepare")]
+        return "; ".join(dict.fromkeys(filter(None, said)))
 
     def close(self) -> None:
         """Close the parts that were built and can be closed."""
@@ -43,12 +54,12 @@ class ByName:
                 part.close()
         self._built.clear()
 
-    def _route(self, task: Task) -> str:
-        fitting = [route for route in self._routes if task.verifier.startswith(route)]
+    def _route(self, name: str) -> str:
+        fitting = [route for route in self._routes if name.startswith(route)]
         if not fitting:
             raise RftError(
-                f"task {task.id!r} names the verifier {task.verifier!r}, which no key of "
-                f"reward.verifier.routes starts; {nearest(task.verifier, [*self._routes])}"
+                f"tasks name the verifier {name!r}, which no key of reward.verifier.routes starts; "
+                f"{nearest(name, [*self._routes])}"
             )
         return max(fitting, key=len)
 

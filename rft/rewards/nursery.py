@@ -166,6 +166,9 @@ def _work(connection: socket.socket, part: dict[str, Any], memory_gib: float) ->
         send(connection, {"fault": None})
         while True:
             message = receive(connection)
+            if "prepare" in message:
+                send(connection, _prepare(verifier, message["prepare"]))
+                continue
             tasks = [_task(values) for values in message["tasks"]]
             for task, text, finish in message["items"]:
                 score = judge(verifier, tasks[task], text, finish)
@@ -174,6 +177,17 @@ def _work(connection: socket.socket, part: dict[str, Any], memory_gib: float) ->
         os._exit(0)
     finally:
         os._exit(1)  # never into the nursery's loop
+
+
+def _prepare(verifier: Any, names: list[str]) -> dict[str, str | None]:
+    """What the verifier says it works with, or what it lacks."""
+    if not hasattr(verifier, "prepare"):
+        return {"about": "", "fault": None}
+    try:
+        return {"about": str(verifier.prepare(names)), "fault": None}
+    except Exception as error:  # noqa: BLE001  (the fault boundary: it may do anything)
+        said = str(error) if isinstance(error, RftError) else f"{type(error).__name__}: {error}"
+        return {"about": "", "fault": said}
 
 
 def _isolate(memory_gib: float) -> None:

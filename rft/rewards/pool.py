@@ -45,7 +45,11 @@ class _Chunk:
 
 
 class VerifierPool:
-    """`workers` processes, each check at most `timeout` seconds and `memory_gib` of addresses."""
+    """`workers` processes, each check at most `timeout` seconds and `memory_gib` of addresses.
+
+    `names` are the verifiers that tasks will ask for. Raises RftError for a verifier that cannot be
+    built, or that lacks something, before it checks anything.
+    """
 
     def __init__(
         self,
@@ -54,13 +58,15 @@ class VerifierPool:
         workers: int,
         timeout: float,
         memory_gib: float = 16.0,
+        names: Sequence[str] = (),
     ) -> None:
         self.workers, self._timeout = workers, timeout
         self._nursery = _Nursery(verifier, memory_gib)
         self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._submitted: list[_Chunk] = []
-        try:  # a verifier that cannot be built says so here
+        try:  # a verifier that cannot be built, or lacks something, says so here
             first = _Worker(self._nursery)
+            self._about = first.prepare(names)
         except RftError:
             self._nursery.close()
             raise
@@ -70,6 +76,10 @@ class VerifierPool:
         ]
         for thread in self._threads:
             thread.start()
+
+    def about(self) -> str:
+        """What the verifier works with: the kind of sandbox, say. Empty where it says nothing."""
+        return self._about
 
     def submit(self, items: Sequence[Item]) -> None:
         """Start checking `items`, without waiting."""
@@ -211,6 +221,18 @@ class _Worker:
         if fault:
             self._end()
             raise nursery.unbuilt(fault)
+
+    def prepare(self, names: Sequence[str]) -> str:
+        """Have the verifier made ready for these names; what it says it works with."""
+        try:
+            send(self.connection, {"prepare": [*names]}, START_SECONDS)
+            said = receive(self.connection, START_SECONDS)
+        except (TimeoutError, Closed) as error:
+            self._end()
+            raise self._nursery.unbuilt(_cause(error)) from error
+        if said["fault"]:
+            raise RftError(said["fault"])
+        return str(said["about"])
 
     def check(self, chunk: _Chunk, timeout: float) -> bool:
         """Add the scores that `chunk` lacks. False where the process ended over one of them: that

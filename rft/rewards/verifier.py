@@ -29,7 +29,12 @@ class Verifier(Protocol):
 
     def __call__(self, task: Task, text: str, finish: Finish) -> float | Verdict:
         """The reward, in [0, 1]. An exception counts as `error`, not as a wrong answer, and a
-        `TimeoutError` as `timeout`."""
+        `TimeoutError` as `timeout`.
+
+        A verifier may have `prepare(names) -> str` besides: it is called once before anything
+        expensive, with the verifier names that tasks have, raises RftError for what it lacks, and
+        returns what it works with, to be printed and kept.
+        """
         ...
 
 

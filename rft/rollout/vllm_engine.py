@@ -53,7 +53,9 @@ class VllmEngine:
             os.environ["VLLM_CPU_KVCACHE_SPACE"] = f"{max(1, round(kv_cache_gib))}"
             # Compiling the sampler takes 20 s of the first batch and gains nothing at this size.
             os.environ["TORCHDYNAMO_DISABLE"] = "1"
-            options = {"enforce_eager": True}
+            # A prompt in chunks makes vLLM turn back the seeded generators of its other rows, which
+            # torch cannot do on CPU.
+            options = {"enforce_eager": True, "enable_chunked_prefill": False}
         else:
             options["enable_sleep_mode"] = True
         if self._cpu and threads:
