@@ -11,19 +11,39 @@ from rft.config.schema import Config
 from rft.errors import RftError
 from rft.records import Announcement
 from rft.rewards.shaper import Shaper
+from rft.tasks.overlap import check_overlap
 from rft.tasks.pool import TaskPool, load_pool
 from rft.tasks.prompts import PromptEncoder
 
 Say = Callable[[str], None]
 
 
+def run_pools(
+    config: Config, shapers: Sequence[Shaper], say: Say
+) -> tuple[TaskPool, dict[str, TaskPool]]:
+    """What a run trains on, and its held-out sets by name; `say` hears what was left out.
+
+    Raises RftError for anything that keeps one of them from being used, and for training tasks that
+    are in an evaluation set too, as `tasks.overlap` says.
+    """
+    encoder = PromptEncoder(config.model.path, config.tasks)
+    pool = training_pool(config, encoder, shapers, say)
+    evaluation = evaluation_pools(config, encoder, say)
+    pool, said = check_overlap(pool, evaluation, config.tasks.overlap)
+    if said:
+        say(said)
+    if config.tasks_per_step > len(pool):
+        raise RftError(
+            f"tasks_per_step={config.tasks_per_step} is more than the {len(pool)} tasks of "
+            f"{config.tasks.train.source}; lower it"
+        )
+    return pool, evaluation
+
+
 def training_pool(
     config: Config, encoder: PromptEncoder, shapers: Sequence[Shaper], say: Say
 ) -> TaskPool:
-    """The training pool. Prompts must leave room for what the shapers tell the policy.
-
-    Raises RftError for anything that keeps it from being used, and for fewer tasks than a step.
-    """
+    """The training pool, whose prompts leave room for what the shapers tell the policy."""
     room = config.tasks.max_prompt_tokens - told(config, encoder, shapers)
     if room < 1:
         raise RftError(
@@ -33,11 +53,6 @@ def training_pool(
     tasks = replace(config.tasks, max_prompt_tokens=room)
     pool = load_pool(config.tasks.train, tasks, encoder, key="tasks.train")
     say(pool.summary)
-    if config.tasks_per_step > len(pool):
-        raise RftError(
-            f"tasks_per_step={config.tasks_per_step} is more than the {len(pool)} tasks of "
-            f"{config.tasks.train.source}; lower it"
-        )
     return pool
 
 
@@ -67,3 +82,8 @@ def told(config: Config, encoder: PromptEncoder, shapers: Sequence[Shaper]) -> i
     plain = len(encoder.encode("x", "{prompt}", Announcement()))
     # Two more: where texts meet, tokens may split otherwise.
     return max(len(encoder.encode("x", "{prompt}", a)) for a in said) - plain + 2
+
+
+def verifier_names(*pools: TaskPool) -> list[str]:
+    """The verifiers that tasks of these pools name."""
+    return sorted({name for pool in pools for name in pool.verifier_names})

@@ -29,7 +29,7 @@ SAMPLES = 20
 LONGEST = 4000
 SUMMARY = {
     "model": "model.path",
-    "tasks": "tasks.train",
+    "tasks": "tasks.train.source",
     "tasks a step": "tasks_per_step",
     "rollouts a task": "rollouts_per_task",
     "selector": "scheduler.selector._target_",

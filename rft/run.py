@@ -24,16 +24,14 @@ from rft.config.schema import Config
 from rft.config.validate import check_files
 from rft.errors import RftError
 from rft.loop import Progress, Run, Stop, train
-from rft.pools import evaluation_pools, training_pool, verifier_names
+from rft.pools import run_pools, verifier_names
 from rft.rewards.shaper import Shaper
 from rft.scheduler.journal import rewind_journal
 from rft.scheduler.parts import Setup
 from rft.scheduler.scheduler import SNAPSHOT, make_parts
 from rft.shaping import make_shapers
 from rft.state import write_atomic
-from rft.tasks.overlap import check_overlap
 from rft.tasks.pool import TaskPool
-from rft.tasks.prompts import PromptEncoder
 from rft.tracking.environment import write_environment
 from rft.tracking.files import RunFiles
 from rft.tracking.tracker import Tracker
@@ -67,13 +65,8 @@ def _load_and_train(config: Config, stop: Stop) -> int:
     if config.prepare is not None:
         build(config.prepare)
         check_files(config)
-    encoder = PromptEncoder(config.model.path, config.tasks)
     shapers = make_shapers(config)
-    pool = training_pool(config, encoder, [*shapers.values()], notes.append)
-    evaluation = evaluation_pools(config, encoder, notes.append)
-    pool, said = check_overlap(pool, evaluation, config.tasks.overlap)
-    if said:
-        notes.append(said)
+    pool, evaluation = run_pools(config, [*shapers.values()], notes.append)
     scheduler = config.scheduler
     setup = Setup(pool_view(pool), config.tasks_per_step, config.rollouts_per_task, config.seed)
     # What the parts of the scheduler cannot work with shows before anything expensive starts.

@@ -172,7 +172,8 @@ def ours(job: Job, turn: Turn) -> None:
     from rft.config.validate import validate
     from rft.loop import Clock, Run, run_step, sync
     from rft.run import probe_tokens
-    from rft.tasks.pool import load_pool, tokenizer_for
+    from rft.tasks.pool import load_pool
+    from rft.tasks.prompts import PromptEncoder
     from rft.tracking.tracker import Tracker
 
     longest = PROMPT_TOKENS + job.max_tokens
@@ -180,7 +181,7 @@ def ours(job: Job, turn: Turn) -> None:
         f"name=ours-{job.engine}",
         f"runs_dir={job.folder}",
         f"model.path={job.model}",
-        f"tasks.train={job.pool}",
+        f"tasks.train.source={job.pool}",
         f"tasks.max_prompt_tokens={PROMPT_TOKENS}",
         f"tasks_per_step={job.prompts}",
         f"rollouts_per_task={job.group}",
@@ -200,13 +201,8 @@ def ours(job: Job, turn: Turn) -> None:
     with initialize_config_module("rft.configs", version_base="1.3"):
         config = to_config(compose("train", overrides))
     validate(config)
-    pool = load_pool(
-        job.pool,
-        columns={},
-        split="train",
-        tokenize=tokenizer_for(job.model),
-        max_prompt_tokens=PROMPT_TOKENS,
-    )
+    encoder = PromptEncoder(job.model, config.tasks)
+    pool = load_pool(config.tasks.train, config.tasks, encoder, key="tasks.train")
     folder = Path(config.runs_dir) / config.name
     tracker = Tracker(config.tracking, folder, config.name, config.steps, asdict(config))
     with place(config, pool, folder, None) as parts:

@@ -1,12 +1,16 @@
-"""Embeddings of a pool's prompts, for the estimators that predict from them.
+"""Embeddings of a run's training prompts, for the estimators that predict from them.
 
-    python scripts/embed_prompts.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --pool train.jsonl \\
-        --out train.npy
-    python -m rft.train ... scheduler=dots scheduler.estimator.embeddings=train.npy
+    python scripts/embed_prompts.py --model Qwen/Qwen2.5-Math-1.5B-Instruct --out train.npy \\
+        +experiment=math_bots tasks.train.source=/data/guru
+    python -m rft.train +experiment=math_bots tasks.train.source=/data/guru \\
+        scheduler=dots scheduler.estimator.embeddings=train.npy
 
-Writes a .npy file, float32 [tasks, hidden size], in the pool's order: the mean of the model's last
-hidden states over the prompt's tokens. The model need not be the policy; it uses its own tokenizer
-and chat template. Prompts of like length share a batch. The file appears when it is complete.
+What follows the options is what follows `rft.train`: of it the training pool is made as the run
+makes it, for the file must have a row for each of its tasks, in their order. Writes a .npy file,
+float32 [tasks, hidden size]: the mean of the model's last hidden states over the prompt's tokens.
+The model need not be the policy; it uses its own tokenizer and chat template, and sees the prompt
+without the pool's `user` template. Prompts of like length share a batch. The file appears when it
+is complete.
 """
 
 from __future__ import annotations
@@ -20,9 +24,14 @@ from typing import Any
 
 import numpy as np
 import torch
+from hydra.errors import HydraException
+from omegaconf.errors import OmegaConfBaseException
 
+from rft.config.compose import explain
+from rft.config.schema import Config, TasksConfig
 from rft.errors import RftError
-from rft.tasks.pool import load_pool, tokenizer_for
+from rft.tasks.pool import TaskPool
+from rft.tasks.prompts import PromptEncoder
 
 
 def embed(
@@ -64,34 +73,41 @@ def batches(lengths: Sequence[int], tokens: int) -> Iterator[list[int]]:
         yield batch
 
 
-def columns(given: Sequence[str]) -> dict[str, str]:
-    """`prompt=question` and the like as tasks.columns has them."""
-    pairs = [text.partition("=") for text in given]
-    for text, (name, _, value) in zip(given, pairs, strict=True):
-        if not (name and value):
-            raise RftError(f"--columns {text!r}: give ours=the file's, as in prompt=question")
-    return {name: value for name, _, value in pairs}
+def training_tasks(overrides: Sequence[str]) -> TaskPool:
+    """The training pool of a run with these overrides, as rft.run makes it."""
+    from hydra import compose, initialize_config_module
+    from hydra.core.config_store import ConfigStore
+
+    from rft.config.compose import to_config
+    from rft.config.parts import build
+    from rft.pools import run_pools
+    from rft.shaping import make_shapers
+
+    ConfigStore.instance().store(name="schema", node=Config)
+    with initialize_config_module("rft.configs", version_base="1.3"):
+        config = to_config(compose("train", ["name=embeddings", *overrides]))
+    if config.prepare is not None:
+        build(config.prepare)
+    return run_pools(config, [*make_shapers(config).values()], print)[0]
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
-        description="Embeddings of a pool's prompts: the mean of a model's last hidden states."
+        description="Embeddings of a run's training prompts: means of a model's last hidden states."
     )
     parser.add_argument("--model", required=True, help="Hugging Face folder or hub id")
-    parser.add_argument("--pool", required=True, help="what tasks.train is")
     parser.add_argument("--out", required=True, type=Path, help="the .npy file to write")
-    parser.add_argument("--columns", nargs="*", default=[], help="what tasks.columns is: a=b c=d")
-    parser.add_argument("--split", default="train", help="what tasks.split is")
-    parser.add_argument("--max-prompt-tokens", type=int, default=4096, help="at most")
+    parser.add_argument("--chat", default="auto", choices=["auto", "always", "never"])
     parser.add_argument("--batch-tokens", type=int, default=16384, help="of a batch, with padding")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16"])
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--quiet", action="store_true", help="do not count prompts")
-    args = parser.parse_args(arguments)
+    parser.add_argument("overrides", nargs="*", help="the run's, as rft.train takes them")
+    args = parser.parse_intermixed_args(arguments)
     try:
         run(args)
-    except RftError as error:
-        print(f"error: {error}", file=sys.stderr)
+    except (RftError, HydraException, OmegaConfBaseException) as error:
+        print(f"error: {explain(error)}", file=sys.stderr)
         sys.exit(2)
 
 
@@ -101,14 +117,9 @@ def run(args: argparse.Namespace) -> None:
 
     if args.out.suffix != ".npy":
         raise RftError(f"--out {args.out} must end in .npy")
-    pool = load_pool(
-        args.pool,
-        columns=columns(args.columns),
-        split=args.split,
-        tokenize=tokenizer_for(args.model),
-        max_prompt_tokens=args.max_prompt_tokens,
-        nan_pass_rates="unknown",  # they do not matter here
-    )
+    pool = training_tasks(args.overrides)
+    encoder = PromptEncoder(args.model, TasksConfig(chat=args.chat))
+    prompts = [encoder.encode(task.prompt) for task in pool]
     dtype = getattr(torch, args.dtype)
     model = AutoModel.from_pretrained(args.model, dtype=dtype, trust_remote_code=False)
     model.eval().to(args.device)
@@ -116,7 +127,7 @@ def run(args: argparse.Namespace) -> None:
     temporary = args.out.with_name(f".{args.out.name}.tmp")
     shape = (len(pool), model.config.hidden_size)
     out = np.lib.format.open_memmap(temporary, mode="w+", dtype=np.float32, shape=shape)
-    embed(model, pool.prompt_ids, args.batch_tokens, out, say=not args.quiet)
+    embed(model, prompts, args.batch_tokens, out, say=not args.quiet)
     out.flush()
     os.replace(temporary, args.out)
     print(f"{args.out}: {shape[0]} tasks, {shape[1]} dimensions")

@@ -288,7 +288,7 @@ def test_a_batch_with_weak_above_strong_turns_its_capability_round_and_not_ours(
 def test_a_pool_whose_references_are_swapped_is_taken_by_theirs_and_refused_by_ours() -> None:
     pool = of_references([CLEAN[::-1]] * 3)
     its_selector(pool).feedback([0], [0.5])
-    with pytest.raises(RftError, match=r"swap tasks\.columns\.weak and tasks\.columns\.strong"):
+    with pytest.raises(RftError, match=r"swap tasks\.train\.columns\.weak and \.strong"):
         beta(pool)
 
 

@@ -18,6 +18,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from running import ENV, HERE, check, write_pool
 
+from rft.config.schema import TasksConfig
 from rft.errors import RftError
 from rft.scheduler.estimators import embeddings as embeddings_module
 from rft.scheduler.estimators.attention import AttentionEstimator
@@ -25,6 +26,7 @@ from rft.scheduler.estimators.observed import ObservedRate
 from rft.scheduler.estimators.value_head import ValueHead
 from rft.scheduler.parts import Estimator, Floats, PoolView, Report, Setup
 from rft.state import load_state, save_state
+from rft.tasks.prompts import PromptEncoder
 
 SCRIPT = HERE.parent / "scripts/embed_prompts.py"
 EMBEDDING = [ValueHead, AttentionEstimator]
@@ -357,16 +359,14 @@ def test_observed_rates_are_the_means_of_any_history_and_survive(data: Any) -> N
 
 
 def arguments(model: Path, pool: Path, out: Path, *more: str) -> list[str]:
-    where = ["--model", str(model), "--pool", str(pool), "--out", str(out)]
-    return [*where, "--device", "cpu", "--quiet", *more]
+    where = ["--model", str(model), "--out", str(out), "--device", "cpu", "--quiet"]
+    return [*where, f"model.path={model}", f"tasks.train.source={pool}", "tasks_per_step=1", *more]
 
 
 def test_the_script_writes_the_mean_last_hidden_state_of_every_prompt(
     tiny_model: Path, tmp_path: Path
 ) -> None:
     from transformers import AutoModel
-
-    from rft.tasks.pool import load_pool, tokenizer_for
 
     pool, out = write_pool(tmp_path / "pool.jsonl", tasks=40), tmp_path / "made" / "embeddings.npy"
     given = arguments(tiny_model, pool, out, "--batch-tokens", "40")
@@ -378,27 +378,30 @@ def test_the_script_writes_the_mean_last_hidden_state_of_every_prompt(
     assert rows.shape == (40, 128)
     assert rows.dtype == np.float32
     assert [file.name for file in out.parent.iterdir()] == ["embeddings.npy"]
-    tokenize = tokenizer_for(str(tiny_model))
-    tasks = load_pool(str(pool), columns={}, split="", tokenize=tokenize, max_prompt_tokens=64)
+    encoder = PromptEncoder(str(tiny_model), TasksConfig())
+    prompts = [json.loads(line)["prompt"] for line in pool.read_text().splitlines()]
     model = AutoModel.from_pretrained(tiny_model)
-    for row, prompt in zip(rows, tasks.prompt_ids, strict=True):
+    for row, prompt in zip(rows, map(encoder.encode, prompts), strict=True):
         with torch.inference_mode():
             states = model(torch.tensor([prompt])).last_hidden_state[0]
         np.testing.assert_allclose(row, states.mean(dim=0), atol=2e-5)
     ValueHead(setup(40), embeddings=str(out))
 
 
-def test_the_script_reads_other_columns_and_names_what_is_wrong(
+def test_the_script_reads_the_runs_pool_and_names_what_is_wrong(
     tiny_model: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     main = runpy.run_path(str(SCRIPT))["main"]
     pool, out = tmp_path / "pool.jsonl", tmp_path / "e.npy"
-    rows = [{"question": f"ab{c}", "answer": "a", "weak": float("nan")} for c in "abc"]
+    rows = [{"question": f"ab{c}", "answer": "a"} for c in "abcb"] + [
+        {"question": "a" * 20, "answer": "a"}
+    ]
     pool.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    main(arguments(tiny_model, pool, out, "--columns", "prompt=question"))
-    assert np.load(out).shape == (3, 128)
+    columns = ["+tasks.train.columns.prompt=question", "tasks.max_prompt_tokens=8"]
+    main(arguments(tiny_model, pool, out, *columns))
+    assert np.load(out).shape == (3, 128), "what the run leaves out is left out"
     for more, message in (
-        (["--columns", "prompt"], "--columns 'prompt': give ours=the file's"),
+        (["tasks.train.sorce=x"], "did you mean 'tasks.train.source'?"),
         ([], "no column 'prompt'"),
         (["--out", f"{tmp_path}/e.bin"], "must end in .npy"),
     ):

@@ -160,7 +160,7 @@ def config(**learner: Any) -> Config:
 
 
 def pool() -> TaskPool:
-    return TaskPool([Task(c, c, c) for c in "abc"], [(1, 2), (3,), (4, 5, 6)])
+    return TaskPool.of([Task(c, c, c) for c in "abc"], [(1, 2), (3,), (4, 5, 6)])
 
 
 def rollout(task: str, index: int, length: int) -> Rollout:

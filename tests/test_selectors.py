@@ -716,7 +716,7 @@ def composed(*overrides: str) -> Any:
 
     ConfigStore.instance().store(name="schema", node=Config)
     with initialize_config_module("rft.configs", version_base="1.3"):
-        given = ["name=x", "model.path=m", "tasks.train=t.jsonl", *overrides]
+        given = ["name=x", "model.path=m", "tasks.train.source=t.jsonl", *overrides]
         return to_config(compose("train", given)).scheduler
 
 

@@ -41,7 +41,8 @@ class PoolConfig:
     """Split to read, where the source has several."""
     columns: dict[str, str] = field(default_factory=dict)
     """Our name -> the source's, where they differ: id, prompt, answer, weak, strong, domain,
-    verifier. `a.b` is field b of struct column a."""
+    verifier, question (the prompt without instructions, where tasks are told apart by that). `a.b`
+    is field b of struct column a."""
     adapt: str = ""
     """Dotted path of a function from a source's row to one with our columns, where a mapping of
     names is not enough; `rft.tasks.adapters` has those of the presets."""
@@ -72,7 +73,7 @@ class TasksConfig:
     system: str = ""
     """System prompt of chat prompts that bring none."""
     thinking: str = "auto"
-    """For chat templates that know thinking (Qwen3): on, off, or auto, the template's default."""
+    """For chat templates that know thinking (Qwen3): enabled, disabled, or auto, its default."""
     assistant: str = ""
     """What the model's turn starts with, `<think>\\n` for instance; a part of the prompt."""
     max_prompt_tokens: int = 1024
@@ -118,8 +119,8 @@ class RewardConfig:
     workers: int = 1
     """Verifier processes."""
     sandbox: str = "auto"
-    """How programs are isolated: bwrap, userns, auto (the first of them that proves itself here), or
-    unsafe, which does not isolate."""
+    """How programs are isolated: bwrap, userns, auto (the first of these that proves itself here),
+    or unsafe, which does not isolate."""
     timeout: float = 10.0
     """Seconds one check may take; then its process is killed and the score counts as a timeout."""
     memory_gib: float = 16.0

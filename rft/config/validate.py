@@ -32,7 +32,7 @@ CHOICES = {
     "reward.sandbox": ("auto", "bwrap", "userns", "unsafe"),
     "tracking.console": ("auto", "rich", "plain", "off"),
     "tasks.chat": ("auto", "always", "never"),
-    "tasks.thinking": ("auto", "on", "off"),
+    "tasks.thinking": ("auto", "enabled", "disabled"),
     "tasks.too_long": ("drop", "error"),
     "tasks.overlap": ("error", "drop", "allow"),
 }

@@ -269,7 +269,8 @@ def _build(folder: Path, settings: Settings, console: Console) -> None:
     }
     sets = {name: [measured[task.id] for task in chosen] for name, chosen in sets.items()}
     for name, chosen in sets.items():
-        lines = [json.dumps(asdict(task)) + "\n" for task in chosen]
+        rows = [{k: v for k, v in asdict(task).items() if k != "verifier"} for task in chosen]
+        lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
     accuracy = _accuracy(sets)
     (folder / "README.md").write_text(_readme(accuracy, settings.mislabelled), "utf-8")

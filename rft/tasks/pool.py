@@ -1,18 +1,12 @@
-"""Task pools: read, check and tokenize the tasks that a run trains or is evaluated on.
+"""Task pools: the tasks that a run trains or is evaluated on, ready to be used.
 
-A pool is a `.jsonl` file (one JSON object a line), a `.parquet` file, a folder written by
-`save_to_disk` of the `datasets` library, or the id of a dataset on the Hugging Face hub.
+    encoder = PromptEncoder("models/base", config.tasks)
+    pool = load_pool(config.tasks.train, config.tasks, encoder, key="tasks.train")
+    print(pool.summary)
 
-    column   type                             where it is absent or null
-    prompt   text, or [{role, content}, ...]  an error
-    answer   text                             an error
-    id       text or whole number             a hash of prompt and answer
-    weak     number from 0 to 1               unknown
-    strong   number from 0 to 1               unknown
-    domain   text                             ""
-
-    pool = load_pool("train.jsonl", columns={}, split="train",
-                     tokenize=tokenizer_for("models/base"), max_prompt_tokens=512)
+What a source may be: rft/tasks/sources.py; what a row may hold: rft/tasks/rows.py. The first time a
+pool is prepared: read, checked, tokenized and kept in the cache (rft/tasks/cache.py). From then on
+it is mapped into memory, and costs next to nothing however many tasks it has.
 
 Left out on purpose: repairing. A source that breaks a rule is an error naming file, row, column,
 value and mend, so that what a run trained on is what the file says.
@@ -22,378 +16,295 @@ from __future__ import annotations
 
 import json
 import math
-import re
-import reprlib
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from pathlib import Path
-from typing import Any, NamedTuple
+import time
+from collections.abc import Iterator, Sequence
+from operator import index as as_index
+from typing import Any, overload
 
 import numpy as np
 import numpy.typing as npt
+import pyarrow as pa
 import xxhash
 
+from rft.config.schema import PoolConfig, TasksConfig
 from rft.errors import RftError, nearest
-from rft.records import Message, Task
+from rft.records import Announcement, Task
+from rft.tasks.cache import TEXTS, Prepared, join, numbers, tokens
+from rft.tasks.prepare import as_text, prepared
+from rft.tasks.prompts import PLACE, SILENCE, Prompt, PromptEncoder
+from rft.tasks.rates import join_rates
+from rft.tasks.rows import question_hash
 
-Prompt = str | tuple[Message, ...]
-Tokenize = Callable[[Prompt], list[int]]
+__all__ = ["PromptEncoder", "TaskPool", "load_pool"]
 
-COLUMNS = ("id", "prompt", "answer", "weak", "strong", "domain")
-REQUIRED = ("prompt", "answer")
-HUB_ID = re.compile(r"[\w.-]+(/[\w.-]+)?")
+Floats = npt.NDArray[np.float64]
+Rows = npt.NDArray[np.uint32] | None
+"""Which of the columns' rows are in the pool, ascending; None is all of them."""
+STRETCH = 4096
+"""Texts that iteration makes at a time."""
+
+
+class Ids(Sequence[str]):
+    """Task ids in the pool's order, made into text when they are looked at. Picklable."""
+
+    def __init__(self, column: pa.Array, rows: Rows = None) -> None:
+        self._column, self._rows = column, rows
+
+    def __len__(self) -> int:
+        return len(self._column) if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> str: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[str]: ...
+    def __getitem__(self, index: int | slice) -> str | list[str]:
+        if not isinstance(index, slice):
+            return str(self._column[_row(self._rows, index, len(self))].as_py())
+        if self._rows is not None:
+            return list(self._column.take(pa.array(self._rows[index])).to_pylist())
+        places = range(len(self))[index]
+        if places.step == 1:
+            return list(self._column.slice(places.start, len(places)).to_pylist())
+        return list(self._column.take(pa.array(places, pa.int64())).to_pylist())
+
+    def __iter__(self) -> Iterator[str]:
+        for start in range(0, len(self), STRETCH):
+            yield from self[start : start + STRETCH]
+
+
+class PromptIds(Sequence[tuple[int, ...]]):
+    """The prompts' token ids in the pool's order."""
+
+    def __init__(self, batch: pa.RecordBatch, rows: Rows = None) -> None:
+        self._ends, self._ids = tokens(batch)
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._ends) - 1 if self._rows is None else len(self._rows)
+
+    @overload
+    def __getitem__(self, index: int) -> tuple[int, ...]: ...
+    @overload
+    def __getitem__(self, index: slice) -> list[tuple[int, ...]]: ...
+    def __getitem__(self, index: int | slice) -> tuple[int, ...] | list[tuple[int, ...]]:
+        if isinstance(index, slice):
+            return [self[i] for i in range(len(self))[index]]
+        row = _row(self._rows, index, len(self))
+        return tuple(self._ids[self._ends[row] : self._ends[row + 1]].tolist())
+
+
+def _row(rows: Rows, index: int, count: int) -> int:
+    place = as_index(index)
+    place += count if place < 0 else 0
+    if not 0 <= place < count:
+        raise IndexError(f"task {index} of {count}")
+    return place if rows is None else int(rows[place])
 
 
 class TaskPool:
-    """Tasks in the order of their source, with their prompts' tokens and reference pass rates.
+    """Tasks in the order of their source.
 
-    `ids`, `prompt_ids`, `weak` [N] float64 and `strong` [N] float64 (NaN is unknown) run parallel.
+    Parallel to one another, [N]: `ids`, `prompt_ids` (each a tuple of token ids), `lengths` int32
+    (tokens of the prompt), `weak` and `strong` float64 (pass rates, NaN is unknown), `domains`
+    int16 (indices into `domain_names`, which are in order), `content` uint64 (hash of the
+    normalised question, which tells tasks apart). `verifier_names` are those that tasks name.
+
+    `summary` is a line on where the pool comes from and what was left out.
     """
 
-    def __init__(self, tasks: Sequence[Task], prompt_ids: Sequence[tuple[int, ...]]) -> None:
-        self._tasks = list(tasks)
-        self._index = {task.id: i for i, task in enumerate(tasks)}
-        self.ids: list[str] = [task.id for task in tasks]
-        self.prompt_ids: list[tuple[int, ...]] = list(prompt_ids)
-        self.weak: npt.NDArray[np.float64] = np.array([task.weak for task in tasks])
-        self.strong: npt.NDArray[np.float64] = np.array([task.strong for task in tasks])
+    def __init__(
+        self,
+        columns: Prepared,
+        *,
+        summary: str,
+        encoder: PromptEncoder | None = None,
+        user: str = PLACE,
+        rows: Rows = None,
+        rates: dict[str, Floats] | None = None,
+    ) -> None:
+        self._columns, self._encoder, self._user, self._rows = columns, encoder, user, rows
+        self.summary = summary
+        self.ids = Ids(columns.batch.column("id"), rows)
+        self.prompt_ids = PromptIds(columns.batch, rows)
+        self._rates = {"weak": self._numbers("weak"), "strong": self._numbers("strong")}
+        self._rates |= rates or {}
+        self.lengths: npt.NDArray[np.int32] = self._numbers("length")
+        self.domains: npt.NDArray[np.int16] = self._numbers("domain")
+        self.domain_names: tuple[str, ...] = tuple(columns.facts["domains"])
+        self.verifier_names: tuple[str, ...] = tuple(columns.facts["verifiers"])
+        self.content: npt.NDArray[np.uint64] = self._numbers("content")
+        self._hashes: npt.NDArray[np.uint64] = numbers(columns.batch, "hash")
+        self._places: npt.NDArray[np.uint32] = numbers(columns.batch, "place")
+
+    @classmethod
+    def of(cls, tasks: Sequence[Task], prompt_ids: Sequence[Sequence[int]]) -> TaskPool:
+        """A pool of these tasks and their prompts' tokens, in memory."""
+        domains, verifiers = (
+            sorted({getattr(task, name) for task in tasks}) for name in ("domain", "verifier")
+        )
+        hashes = np.array([_hash(task.id) for task in tasks], dtype=np.uint64)
+        places = np.argsort(hashes, kind="stable")
+        texts = {
+            "id": [task.id for task in tasks],
+            "prompt": [as_text(task.prompt) for task in tasks],
+            "answer": [task.answer for task in tasks],
+        }
+        columns: dict[str, Any] = {
+            "chat": [not isinstance(task.prompt, str) for task in tasks],
+            "weak": [task.weak for task in tasks],
+            "strong": [task.strong for task in tasks],
+            "domain": [domains.index(task.domain) for task in tasks],
+            "verifier": [verifiers.index(task.verifier) for task in tasks],
+            "content": np.array([question_hash(task.prompt) for task in tasks], dtype=np.uint64),
+            "length": [len(ids) for ids in prompt_ids],
+            "hash": hashes[places],
+            "place": places,
+        }
+        batch = join(
+            {name: pa.array(texts[name], pa.large_string()) for name in TEXTS},
+            np.cumsum([0, *map(len, prompt_ids)], dtype=np.int64),
+            np.array([token for ids in prompt_ids for token in ids], dtype=np.int32),
+            columns,
+        )
+        facts = {"domains": domains, "verifiers": verifiers}
+        return cls(Prepared(batch, facts), summary=f"{len(tasks)} tasks")
+
+    @property
+    def weak(self) -> Floats:
+        """Pass rates of the weak reference model, [N]; NaN is unknown."""
+        return self._rates["weak"]
+
+    @property
+    def strong(self) -> Floats:
+        """Pass rates of the strong reference model, [N]; NaN is unknown."""
+        return self._rates["strong"]
 
     def __len__(self) -> int:
-        return len(self._tasks)
+        return len(self.ids)
 
     def __getitem__(self, index: int) -> Task:
-        return self._tasks[index]
+        batch = self._columns.batch
+        row = _row(self._rows, index, len(self))
+        verifier = batch.column("verifier")[row].as_py()
+        return Task(
+            id=batch.column("id")[row].as_py(),
+            prompt=self._prompt(row),
+            answer=batch.column("answer")[row].as_py(),
+            weak=float(self.weak[index]),
+            strong=float(self.strong[index]),
+            domain=self.domain_names[self.domains[index]],
+            verifier=self.verifier_names[verifier],
+        )
 
     def __iter__(self) -> Iterator[Task]:
-        return iter(self._tasks)
+        return (self[i] for i in range(len(self)))
 
     def index(self, task_id: str) -> int:
         """Position of the task with this id. Raises KeyError where there is none."""
-        return self._index[task_id]
+        hashed = np.uint64(_hash(task_id))
+        for place in range(int(np.searchsorted(self._hashes, hashed)), len(self._hashes)):
+            if self._hashes[place] != hashed:
+                break
+            row = int(self._places[place])
+            if self._columns.batch.column("id")[row].as_py() != task_id:
+                continue
+            if self._rows is None:
+                return row
+            index = int(np.searchsorted(self._rows, row))
+            if index < len(self._rows) and self._rows[index] == row:
+                return index
+        raise KeyError(task_id)
 
     def task(self, task_id: str) -> Task:
         """The task with this id. Raises KeyError where there is none."""
-        return self._tasks[self._index[task_id]]
+        return self[self.index(task_id)]
+
+    def encode(self, index: int, announcement: Announcement = SILENCE) -> tuple[int, ...]:
+        """Token ids of a task's prompt with something announced to the policy.
+
+        Raises RftError where the pool was made without an encoder, or as `PromptEncoder.encode`.
+        """
+        if announcement == SILENCE:
+            return self.prompt_ids[index]
+        if self._encoder is None:
+            raise RftError("this pool holds tokens alone; load it with an encoder to announce")
+        prompt = self._prompt(_row(self._rows, index, len(self)))
+        return self._encoder.encode(prompt, self._user, announcement)
+
+    def without(self, mask: npt.NDArray[np.bool_]) -> TaskPool:
+        """The pool without the tasks where `mask` [N] is true."""
+        kept = np.flatnonzero(~mask)
+        rows = kept if self._rows is None else self._rows[kept]
+        return TaskPool(
+            self._columns,
+            summary=f"{self.summary}; {int(mask.sum()):,} left out",
+            encoder=self._encoder,
+            user=self._user,
+            rows=rows.astype(np.uint32),
+            rates={name: rates[kept] for name, rates in self._rates.items()},
+        )
+
+    def _prompt(self, row: int) -> Prompt:
+        text: str = self._columns.batch.column("prompt")[row].as_py()
+        return tuple(json.loads(text)) if self._columns.batch.column("chat")[row].as_py() else text
+
+    def _numbers(self, name: str) -> npt.NDArray[Any]:
+        column = numbers(self._columns.batch, name)
+        return column if self._rows is None else column[self._rows]
 
 
 def load_pool(
-    source: str,
-    *,
-    columns: Mapping[str, str],
-    split: str,
-    tokenize: Tokenize,
-    max_prompt_tokens: int,
-    max_tasks: int = 0,
-    nan_pass_rates: str = "error",
+    pool: PoolConfig, tasks: TasksConfig, encoder: PromptEncoder, *, key: str
 ) -> TaskPool:
-    """Read and check a pool.
-
-    `columns` maps our column names to the source's where they differ, `a.b` being field b of
-    struct column a; `split` is read where the
-    source has several; `max_tasks` keeps the first ones (0: all). A NaN pass rate is an error, for
-    it is more often a failed division than a statement; `nan_pass_rates="unknown"` reads it as
-    null, which released pools need (GURU's parquet files).
+    """The pool at config key `key` ("tasks.train", "tasks.evaluation.math500").
 
     Raises RftError for anything that keeps the source from being used as it is.
     """
-    if nan_pass_rates not in ("error", "unknown"):
-        raise RftError(f"tasks.nan_pass_rates is {nan_pass_rates!r}; set it to error or unknown")
-    tasks: list[Task] = []
-    prompt_ids: list[tuple[int, ...]] = []
-    seen: dict[str, _Row] = {}
-    for row in _rows(source, columns, split):
-        task = _task(row, nan_pass_rates)
-        if task.id in seen:
-            raise _duplicate(seen[task.id], row)
-        seen[task.id] = row
-        tasks.append(task)
-        prompt_ids.append(_tokens(row, task.prompt, tokenize, max_prompt_tokens))
-        if len(tasks) == max_tasks:
-            break
-    if not tasks:
-        raise RftError(f"the pool {source!r} holds no tasks; write at least one row")
-    return TaskPool(tasks, prompt_ids)
-
-
-def tokenizer_for(model_path: str) -> Tokenize:
-    """The model's own tokenizer, from prompt to token ids; messages go through its chat template.
-
-    Code that comes with a model is never run. Raises RftError where there is no model or it has no
-    tokenizer, and, when called, where the chat template is missing or refuses the messages.
-    """
-    from jinja2 import TemplateError
-    from transformers import AutoTokenizer
-
-    folder = Path(model_path)
-    mend = "set model.path to a Hugging Face folder that holds a tokenizer, or to a hub id"
-    if not folder.is_dir() and not HUB_ID.fullmatch(model_path):
-        raise RftError(f"the model folder {model_path!r} is not there; {mend}")
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(model_path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        said = str(error).splitlines()[0]
-        raise RftError(f"the model {model_path!r} gives no tokenizer ({said}); {mend}") from error
-    # From a folder with only a config, transformers makes an empty tokenizer without a word.
-    files = tokenizer.vocab_files_names.values()
-    if folder.is_dir() and not any((folder / name).is_file() for name in files):
-        raise RftError(
-            f"the model folder {model_path!r} has no tokenizer (looked for {', '.join(files)}); "
-            f"copy it there from the base model, or {mend}"
-        )
-
-    def tokenize(prompt: Prompt) -> list[int]:
-        if isinstance(prompt, str):
-            return list(tokenizer(prompt).input_ids)
-        if tokenizer.chat_template is None:
-            raise RftError(
-                f"the tokenizer of {model_path!r} has no chat template, and the prompt is a list "
-                "of messages; use an instruct model, or write prompts as text"
-            )
-        try:
-            encoded = tokenizer.apply_chat_template(list(prompt), add_generation_prompt=True)
-        except TemplateError as error:
-            raise RftError(
-                f"the chat template of {model_path!r} refuses the messages ({error}); "
-                "write them as it wants them"
-            ) from error
-        return list(encoded["input_ids"])
-
-    return tokenize
-
-
-class _Row(NamedTuple):
-    """One row of a source: where it stands, its values, and what our columns are called there."""
-
-    where: str
-    values: Mapping[str, Any]
-    names: Mapping[str, str]
-
-    def get(self, column: str) -> Any:
-        value: Any = self.values
-        for name in self.names[column].split("."):  # "a.b" reaches into a column of structs
-            value = value.get(name) if isinstance(value, Mapping) else None
-        return value
-
-    def error(self, column: str, problem: str, mend: str) -> RftError:
-        return RftError(f"{self.where}, column {self.names[column]!r}: {problem}; {mend}")
-
-    def wrong(self, column: str, mend: str) -> RftError:
-        value = self.get(column)
-        return self.error(column, f"{reprlib.repr(value)} ({type(value).__name__})", mend)
-
-
-# ---- checks of one row
-
-
-def _task(row: _Row, nan_pass_rates: str) -> Task:
-    for column in REQUIRED:
-        if row.get(column) is None:
-            present = [name for name, value in row.values.items() if value is not None]
-            hint = nearest(row.names[column], present)
-            raise row.error(column, "is missing or null", f"every task needs one ({hint})")
-    prompt = _prompt(row)
-    answer = _text(row, "answer", "write the answer as a string, spelled as it should be compared")
-    domain = "" if row.get("domain") is None else _text(row, "domain", "write a string or null")
-    return Task(
-        id=_id(row, prompt, answer),
-        prompt=prompt,
-        answer=answer,
-        weak=_rate(row, "weak", nan_pass_rates),
-        strong=_rate(row, "strong", nan_pass_rates),
-        domain=domain,
+    _check(key, pool)
+    start = time.perf_counter()
+    columns, from_cache = prepared(key, pool, tasks, encoder)
+    made = TaskPool(columns, summary="", encoder=encoder, user=pool.user)
+    rates, notes = join_rates(key, pool.rates, made)
+    summary = _summary(key, columns.facts, from_cache, time.perf_counter() - start)
+    return TaskPool(
+        columns,
+        summary="; ".join([summary, *notes]),
+        encoder=encoder,
+        user=pool.user,
+        rates=rates,
     )
 
 
-def _text(row: _Row, column: str, mend: str) -> str:
-    value = row.get(column)
-    if not isinstance(value, str) or not _encodable(value):
-        raise row.wrong(column, mend)
-    return value
+def _check(key: str, pool: PoolConfig) -> None:
+    if PLACE not in pool.user:
+        raise RftError(f"{key}.user={pool.user!r} has no {PLACE}, where the prompt is to stand")
+    choices = ("error", "unknown")
+    if pool.nan_pass_rates not in choices:
+        hint = nearest(pool.nan_pass_rates, choices)
+        raise RftError(f"{key}.nan_pass_rates={pool.nan_pass_rates!r} is not a choice; {hint}")
+    if pool.max_tasks < 0:
+        raise RftError(f"{key}.max_tasks={pool.max_tasks} is too small; 0 is all tasks")
 
 
-def _encodable(text: str) -> bool:
-    """False for half a surrogate pair, which JSON can spell and no tokenizer accepts."""
-    return not any("\ud800" <= character <= "\udfff" for character in text)
+def _summary(key: str, facts: dict[str, Any], from_cache: bool, seconds: float) -> str:
+    dropped = []
+    if facts["too_long"]:
+        more = ", ..." if facts["too_long"] > len(facts["too_long_ids"]) else ""
+        named = ", ".join(facts["too_long_ids"]) + more
+        dropped.append(f"{facts['too_long']:,} too long ({named})")
+    if facts["duplicates"]:
+        dropped.append(f"{facts['duplicates']:,} duplicates")
+    if facts["conflicts"]:
+        dropped.append(f"{facts['conflicts']:,} duplicates with another answer")
+    phases = ", ".join(f"{name} {spent:.1f}" for name, spent in facts["seconds"].items())
+    return (
+        f"{key}: {facts['tasks']:,} tasks of {facts['rows']:,} rows"
+        + (f", without {' and '.join(dropped)}" if dropped else "")
+        + f"; prompts of {math.floor(facts['median']):,} tokens (median), at most "
+        f"{facts['longest']:,}; "
+        + (f"from the cache in {seconds:.1f} s" if from_cache else f"{seconds:.1f} s ({phases})")
+    )
 
 
-def _prompt(row: _Row) -> Prompt:
-    value = row.get("prompt")
-    mend = "write a string, or a list of {role, content} with a string for each"
-    if not isinstance(value, list):
-        text = _text(row, "prompt", mend)
-        if not text.strip():
-            raise row.error("prompt", f"{text!r} is empty", "write a prompt, or remove the row")
-        return text
-    messages = []
-    for message in value:
-        if not isinstance(message, dict):
-            raise row.wrong("prompt", mend)
-        # Parquet fills the keys that only some messages have with null.
-        kept = {key: text for key, text in message.items() if text is not None}
-        if kept.keys() != {"role", "content"} or not all(
-            isinstance(text, str) and _encodable(text) for text in kept.values()
-        ):
-            raise row.wrong("prompt", mend)
-        messages.append({"role": kept["role"], "content": kept["content"]})
-    if not any(message["content"].strip() for message in messages):
-        raise row.error(
-            "prompt", f"{reprlib.repr(value)} is empty", "write a message, or remove the row"
-        )
-    return tuple(messages)
-
-
-def _id(row: _Row, prompt: Prompt, answer: str) -> str:
-    value = row.get("id")
-    if value is None:
-        content = json.dumps([prompt, answer], ensure_ascii=False)
-        return xxhash.xxh3_64_hexdigest(content.encode())
-    if isinstance(value, int) and not isinstance(value, bool):
-        return str(value)
-    mend = "write a string or a whole number, or leave the column out"
-    if not _text(row, "id", mend):
-        raise row.wrong("id", mend)
-    return str(value)
-
-
-def _rate(row: _Row, column: str, nan_pass_rates: str) -> float:
-    value = row.get(column)
-    if value is None:
-        return math.nan
-    mend = "write a pass rate from 0 to 1, or null for unknown"
-    if not isinstance(value, int | float) or isinstance(value, bool):
-        raise row.wrong(column, mend)
-    if math.isnan(value):
-        if nan_pass_rates == "unknown":
-            return math.nan
-        mend = "write null for unknown, or read all of them so with tasks.nan_pass_rates=unknown"
-        raise row.error(column, "the pass rate is NaN", mend)
-    if not 0 <= value <= 1:
-        raise row.error(column, f"{value} is not a pass rate", mend)
-    return float(value)
-
-
-def _tokens(row: _Row, prompt: Prompt, tokenize: Tokenize, most: int) -> tuple[int, ...]:
-    try:
-        ids = tuple(tokenize(prompt))
-    except RftError as error:
-        raise RftError(f"{row.where}: {error}") from error
-    if not ids:
-        raise row.error("prompt", "gives no tokens", "use words that the model's tokenizer knows")
-    if len(ids) > most:
-        raise row.error(
-            "prompt",
-            f"has {len(ids)} tokens, more than tasks.max_prompt_tokens={most}",
-            "shorten it, remove the row, or raise tasks.max_prompt_tokens",
-        )
-    return ids
-
-
-def _duplicate(first: _Row, second: _Row) -> RftError:
-    if second.get("id") is None:
-        mend = "remove one, or give both an id (without one it is a hash of prompt and answer)"
-        return RftError(f"{second.where}: same prompt and answer as {first.where}; {mend}")
-    problem = f"{second.get('id')!r} is also the id of {first.where}"
-    return second.error("id", problem, "rename or remove one")
-
-
-# ---- sources
-
-
-def _rows(source: str, columns: Mapping[str, str], split: str) -> Iterator[_Row]:
-    """The rows of any source, in order and counted from 1, after a check of its columns."""
-    for column in columns:
-        if column not in COLUMNS:
-            raise RftError(f"tasks.columns: no column {column!r}; {nearest(column, COLUMNS)}")
-    names = {column: columns.get(column, column) for column in COLUMNS}
-    tops = {column: name.partition(".")[0] for column, name in names.items()}
-    place, present, rows = _open(source, list(tops.values()), split)
-    for column in (*REQUIRED, *columns):
-        if tops[column] not in present and present:
-            raise RftError(
-                f"the pool {source!r} has no column {names[column]!r} ({column}); "
-                f"{nearest(names[column], present)}; name it with tasks.columns.{column}=..."
-            )
-    for number, values in rows:
-        yield _Row(f"{source}, {place} {number}", values, names)
-
-
-Numbered = Iterable[tuple[int, Mapping[str, Any]]]
-
-
-def _open(source: str, wanted: list[str], split: str) -> tuple[str, list[str], Numbered]:
-    """What a row is called, the columns that are there, and the numbered rows."""
-    path = Path(source)
-    if path.suffix in (".jsonl", ".parquet"):
-        if not path.is_file():
-            raise RftError(f"the pool {source!r} is not there; make the file or mend the path")
-        if path.suffix == ".jsonl":
-            lines = list(_json_lines(path))
-            return "line", list(dict.fromkeys(key for _, line in lines for key in line)), lines
-        return "row", *_parquet(path, wanted)
-    if path.is_file():
-        mend = "convert it to .jsonl or .parquet"
-        raise RftError(f"the pool {source!r} is of a kind that is not read; {mend}")
-    return "row", *_dataset(source, wanted, split)
-
-
-def _json_lines(path: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    with path.open("rb") as file:
-        for number, line in enumerate(file, start=1):
-            if not line.strip():
-                continue
-            try:
-                values = json.loads(line.decode())
-            except ValueError as error:  # malformed JSON, or not UTF-8
-                raise RftError(
-                    f"{path}, line {number}: {reprlib.repr(line)} is not JSON ({error}); "
-                    "write one JSON object a line"
-                ) from error
-            if not isinstance(values, dict):
-                raise RftError(
-                    f"{path}, line {number}: {reprlib.repr(values)} is not a JSON object; "
-                    'write {"prompt": ..., "answer": ...}'
-                )
-            yield number, values
-
-
-def _parquet(path: Path, wanted: list[str]) -> tuple[list[str], Numbered]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        file = pq.ParquetFile(path)
-    except pa.ArrowInvalid as error:
-        raise RftError(f"the pool {str(path)!r} is not a parquet file ({error})") from error
-    present = file.schema_arrow.names
-    used = [name for name in present if name in wanted]
-    return present, _table_rows(file.iter_batches(columns=used))
-
-
-def _dataset(source: str, wanted: list[str], split: str) -> tuple[list[str], Numbered]:
-    import datasets
-
-    try:
-        if Path(source).is_dir():
-            loaded = datasets.load_from_disk(source)
-        elif HUB_ID.fullmatch(source):
-            loaded = datasets.load_dataset(source)
-        else:
-            raise RftError(f"the pool {source!r} is not there; make it or mend the path")
-    # RuntimeError: the dataset wants to run a script of its own.
-    except (OSError, ValueError, RuntimeError, datasets.exceptions.DatasetsError) as error:
-        raise RftError(
-            f"the pool {source!r} is neither a .jsonl or .parquet file, nor a folder written by "
-            f"save_to_disk, nor a hub dataset that could be read ({error})"
-        ) from error
-    if isinstance(loaded, datasets.DatasetDict):
-        if split not in loaded:
-            hint = nearest(split, list(loaded))
-            raise RftError(f"the pool {source!r} has no split tasks.split={split!r}; {hint}")
-        loaded = loaded[split]
-    present = loaded.column_names
-    used = loaded.select_columns([name for name in present if name in wanted])
-    return present, _table_rows(used.with_format("arrow").iter(batch_size=1000))
-
-
-def _table_rows(batches: Iterable[Any]) -> Numbered:
-    """Rows of Arrow batches, which tell null from NaN, as pandas would not."""
-    return enumerate((row for batch in batches for row in batch.to_pylist()), start=1)
+def _hash(text: str) -> int:
+    return xxhash.xxh3_64_intdigest(text.encode())

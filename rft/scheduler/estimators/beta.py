@@ -330,6 +330,6 @@ def check_references(weak: Floats, strong: Floats) -> Bools:
     if known.any() and weak[known].mean() > strong[known].mean() + 1e-12:
         raise RftError(
             f"the weak reference's mean pass rate {weak[known].mean():.3f} is above the strong "
-            f"one's {strong[known].mean():.3f}; swap tasks.columns.weak and tasks.columns.strong"
+            f"one's {strong[known].mean():.3f}; swap tasks.train.columns.weak and .strong"
         )
     return known

@@ -46,6 +46,6 @@ def reference_rates(setup: Setup, reference: Reference, where: str) -> Floats:
     if np.isnan(rates).all():
         raise RftError(
             f"{where}={reference} orders tasks by a pass rate that the pool gives for none; add "
-            "the column to the pool, name it with tasks.columns, or use another selector"
+            "the column to the pool, name it with tasks.train.columns, or use another selector"
         )
     return rates

@@ -69,7 +69,7 @@ class DomainMixture(Wrapper):
         if pool.domains is None:
             raise RftError(
                 f"{where} mixes domains and the pool has none; add a domain column, name it with "
-                "tasks.columns.domain, or use the inner selector alone"
+                "tasks.train.columns.domain, or use the inner selector alone"
             )
         if (shares is not None) != (mode == "fixed"):
             raise RftError(
