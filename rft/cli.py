@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rft.errors import RftError
+from rft.errors import RftError, nearest
 
 if TYPE_CHECKING:
     from rft.config.schema import Config
@@ -60,7 +61,7 @@ def compose_and(job: Job) -> None:
 
 
 def load_and(job: Job, folder: Path, overrides: list[str]) -> None:
-    """Do `job` with the config of the run in `folder`, changed by `key=value` overrides. Exits."""
+    """Do `job` with the config of the run in `folder`, changed by overrides. Exits."""
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
@@ -71,7 +72,7 @@ def load_and(job: Job, folder: Path, overrides: list[str]) -> None:
         if not (folder / "config.yaml").is_file():
             raise RftError(f"{folder} holds no run (no config.yaml); give run=runs/NAME")
         stored = OmegaConf.load(folder / "config.yaml")
-        changes = OmegaConf.from_dotlist(overrides)
+        changes = _changes(overrides)
         config: Any = OmegaConf.to_object(
             OmegaConf.merge(OmegaConf.structured(Config), stored, changes)
         )
@@ -80,6 +81,34 @@ def load_and(job: Job, folder: Path, overrides: list[str]) -> None:
         if os.environ.get("RFT_TRACEBACK") == "1":
             raise
         sys.exit(fail(explain(error)))
+
+
+def _changes(overrides: list[str]) -> Any:
+    """Overrides as Hydra's command line has them: key=value, +key=value, group@key=preset."""
+    from omegaconf import OmegaConf
+
+    from rft.config.compose import choices
+
+    changes = OmegaConf.create()
+    for override in overrides:
+        key, given, value = override.lstrip("+").partition("=")
+        if not given:
+            raise RftError(f"{override!r} changes nothing; write key=value")
+        group, preset, place = key.partition("@")
+        presets = resources.files("rft.configs") / group
+        if not preset:
+            if presets.is_dir():
+                raise RftError(
+                    f"{override!r} names a preset, and of a run single keys are changed: {key}.KEY="
+                )
+            changes.merge_with_dotlist([f"{key}={value}"])
+            continue
+        file = presets / f"{value}.yaml"
+        if not file.is_file():
+            known = choices(group).split(", ") if presets.is_dir() else []
+            raise RftError(f"there is no {group}={value}; {nearest(value, known)}")
+        OmegaConf.update(changes, place, OmegaConf.create(file.read_text("utf-8")))
+    return changes
 
 
 def swept(argv: list[str], overrides: list[str]) -> str:

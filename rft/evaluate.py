@@ -1,13 +1,16 @@
 """Evaluate a checkpoint or any model on task sets: avg@k, pass@k, maj@k and more.
 
     python -m rft.evaluate run=runs/letters_bots                 # its newest checkpoint
-    python -m rft.evaluate run=runs/letters_bots step=40 evaluation.samples=16
+    python -m rft.evaluate run=runs/letters_bots step=40 evaluation.samples=16 name=step_40x16
     python -m rft.evaluate +experiment=math_bots name=base evaluation.samples=64
     python -m rft.evaluate +experiment=gsm8k_bots model.path=path/or/hub-id
 
 Sets, template, verifier, engine and sampling are those of the run or the experiment, each open to
-an override; at the settings of a run the numbers are those of its own evaluations. Interrupted, the
-same command goes on where it was. Results: `evaluation.json` and `samples/` in the folder it names.
+an override, with `+pool@tasks.evaluation.math500=math500` for another set. At the settings of a run
+the numbers are those of its own evaluations: of the transformers engine to the last sample; of vLLM
+but for the few tokens that rounding decides, as batches are others. Interrupted, the same command
+goes on where it was. Results: `evaluation.json` and `samples/` in the folder it prints, of a run
+`evaluations/step_N`, or `evaluations/NAME` with name=NAME.
 """
 
 from __future__ import annotations
@@ -24,20 +27,28 @@ from rft.errors import RftError
 
 if TYPE_CHECKING:
     from rft.config.schema import Config
+    from rft.tasks.pool import TaskPool
 
 
 def main() -> None:
     """Evaluate what the command line names."""
     arguments = dict(a.split("=", 1) for a in sys.argv[1:] if a.startswith(("run=", "step=")))
     if "run" not in arguments:
-        compose_and(lambda config: _job(config, Path(config.runs_dir) / config.name))
+        compose_and(_job)
     run = Path(arguments["run"])
     rest = [a for a in sys.argv[1:] if not a.startswith(("run=", "step="))]
 
     def job(config: Config) -> int:
         policy, step = checkpoint(run, arguments.get("step"))
-        config = replace(config, model=replace(config.model, path=str(policy)))
-        return _job(config, run / "evaluations" / f"step_{step}")
+        named = any(a.startswith("name=") for a in rest)
+        return _job(
+            replace(
+                config,
+                model=replace(config.model, path=str(policy)),
+                runs_dir=str(run / "evaluations"),
+                name=config.name if named else f"step_{step}",
+            )
+        )
 
     load_and(job, run, rest)
 
@@ -49,7 +60,8 @@ def checkpoint(run: Path, step: str | None) -> tuple[Path, int]:
     """
     from rft.checkpoint import find_fault
 
-    folders = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*")}
+    found = {p.name.removeprefix("step_"): p for p in (run / "checkpoints").glob("step_*")}
+    folders = {number: path for number, path in found.items() if number.isdecimal()}
     if not folders:
         raise RftError(f"{run} has no checkpoint yet; evaluate one that has, or a model.path")
     step = step or max(folders, key=int)
@@ -62,7 +74,7 @@ def checkpoint(run: Path, step: str | None) -> tuple[Path, int]:
     return folders[step] / "policy", int(step)
 
 
-def _job(config: Config, folder: Path) -> int:
+def _job(config: Config) -> int:
     from rft.config.validate import validate
 
     if not config.tasks.evaluation:
@@ -71,6 +83,7 @@ def _job(config: Config, folder: Path) -> int:
             "or +tasks.evaluation.mine.source=file.jsonl"
         )
     validate(config, training=False)
+    folder = Path(config.runs_dir) / config.name
     boards = evaluate(config, folder.resolve())
     from rft.scoreboard import table
 
@@ -95,7 +108,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
         build(config.prepare)
     pools = evaluation_pools(config, PromptEncoder(config.model.path, config.tasks), print)
     with owned(folder):
-        same_settings(folder, settings(config))
+        same_settings(folder, settings(config, pools))
         boards: dict[str, dict[str, Any]] = {}
         with place_sampling(config, verifier_names(*pools.values()), folder) as (
             engines,
@@ -118,13 +131,14 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     return boards
 
 
-def settings(config: Config) -> dict[str, Any]:
+def settings(config: Config, pools: dict[str, TaskPool]) -> dict[str, Any]:
     """What decides the samples: they are not mixed with others."""
     from rft.config.compose import plain
+    from rft.reference_eval import revision
 
     chosen: dict[str, Any] = plain(
         {
-            "model": asdict(config.model),
+            "model": {"revision": revision(config.model.path), "dtype": config.model.dtype},
             "seed": config.seed,
             "evaluation": {
                 "samples": config.evaluation.samples,
@@ -133,6 +147,7 @@ def settings(config: Config) -> dict[str, Any]:
                 "max_tokens": config.rollout.max_tokens,
             },
             "tasks": {k: v for k, v in asdict(config.tasks).items() if k != "train"},
+            "content": {name: pool.digest for name, pool in pools.items()},
             "engine": config.rollout.engine,
             "verifier": config.reward.verifier,
         }

@@ -5,8 +5,6 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import replace
 
-import numpy as np
-
 from rft.config.schema import Config
 from rft.errors import RftError
 from rft.records import Announcement
@@ -70,13 +68,8 @@ def evaluation_pools(config: Config, encoder: PromptEncoder, say: Say) -> dict[s
 
 def told(config: Config, encoder: PromptEncoder, shapers: Sequence[Shaper]) -> int:
     """Tokens that announcements may add to a prompt, over the run."""
-    steps = np.unique(np.linspace(1, config.steps, 64).astype(int))
-    said = {
-        Announcement(user=a.user, assistant=a.assistant)
-        for shaper in shapers
-        for step in steps
-        for a in shaper.announcements(int(step))
-    }
+    steps = range(1, config.steps + 1)
+    said = {a for shaper in shapers for step in steps for a in shaper.announcements(step)}
     if not said:
         return 0
     plain = len(encoder.encode("x", "{prompt}", Announcement()))

@@ -2,12 +2,13 @@
 
     python -m rft.reference_eval +experiment=math_bots name=weak model=qwen2.5_7b_instruct \\
         evaluation.samples=16
-    python -m rft.train +experiment=math_bots tasks.train.rates.weak=runs/weak/rates.parquet
+    python -m rft.train +experiment=math_bots +tasks.train.rates.weak=runs/weak/rates.parquet
 
 Samples every task of `tasks.train` with the experiment's engine, template and verifier, at
 `evaluation.temperature`. Interrupted, the same command goes on where it was and gives the same
 column. `rates.parquet` has a row a task, by id: rate, samples, errors, timeouts, tokens; and in its
-metadata, how they were made. A task whose every check failed has no rate: nothing is known of it.
+metadata, how they were made. A check that ended in an error says nothing of a task, and one whose
+every check did has no rate; a timeout counts as wrong.
 What the pool's own columns say of tasks that are not in the file stays as it is.
 """
 
@@ -37,7 +38,7 @@ def _job(config: Config) -> int:
 
     validate(config, training=False)
     path = collect(config)
-    print(f"written: {path}; use it with tasks.train.rates.weak={path} (or .strong)")
+    print(f"written: {path}; use it with +tasks.train.rates.weak={path} (or .strong)")
     return 0
 
 
@@ -57,7 +58,7 @@ def collect(config: Config) -> Path:
     pool = load_pool(config.tasks.train, config.tasks, encoder, key="tasks.train")
     print(pool.summary)
     folder = (Path(config.runs_dir) / config.name).resolve()
-    made = provenance(config)
+    made = provenance(config, pool)
     tally = Tally(pool.ids)
     with owned(folder):
         same_settings(folder, made)
@@ -121,12 +122,11 @@ class Tally:
         self._count["tokens"][i] += sample.tokens
 
     def rates(self) -> Any:
-        """Mean reward of each task [N]; NaN where no check came to a verdict."""
+        """Mean reward of each task's checks that came to a verdict [N]; NaN where none did."""
         import numpy as np
 
-        samples = self._count["samples"]
-        known = samples > self._count["errors"]
-        return np.where(known, self._reward / np.maximum(samples, 1), np.nan)
+        known = self._count["samples"] - self._count["errors"]
+        return np.where(known > 0, self._reward / np.maximum(known, 1), np.nan)
 
     def write(self, path: Path, made: dict[str, Any]) -> None:
         """The table, with `made` as metadata, whole or not at all."""
@@ -161,13 +161,14 @@ class Tally:
         )
 
 
-def provenance(config: Config) -> dict[str, Any]:
+def provenance(config: Config, pool: TaskPool) -> dict[str, Any]:
     """How the rates are made: what else they would depend on is the code."""
     from dataclasses import asdict
 
     from rft import __version__
     from rft.config.compose import plain
 
+    tasks = asdict(config.tasks)
     made: dict[str, Any] = plain(
         {
             "rft": __version__,
@@ -179,7 +180,9 @@ def provenance(config: Config) -> dict[str, Any]:
             "temperature": config.evaluation.temperature,
             "max_tokens": config.rollout.max_tokens,
             "seed": config.seed,
-            "pool": asdict(config.tasks.train),
+            "pool": tasks["train"],
+            "content": pool.digest,
+            "template": {key: tasks[key] for key in ("chat", "system", "thinking", "assistant")},
             "verifier": config.reward.verifier,
         }
     )

@@ -3,7 +3,9 @@
     folder/samples/NAME/part_00000.jsonl.gz    a line a sample, complete tasks only
 
 A part is written whole or not at all. Interrupted, the same command goes on after the last part;
-seeds belong to tasks, so that the samples are the same however often that happened.
+seeds belong to tasks, so that the samples are the same however often that happened. (Of the
+transformers engine, that is. vLLM's log-probs depend in their last bits on what else is in a batch,
+and so, now and then, does what is sampled.)
 """
 
 from __future__ import annotations
@@ -71,7 +73,9 @@ def sampled(
     left = [task for task in pool.ids if task not in done]
     if done and left:
         say(f"{name}: {len(done)} of {len(pool)} tasks were there already")
-    for number, first in enumerate(range(0, len(left), tasks_a_part), start=len(written)):
+    # After the last one there is: a part may have been removed.
+    start_at = 1 + int(written[-1].name[5:10]) if written else 0
+    for number, first in enumerate(range(0, len(left), tasks_a_part), start=start_at):
         start = time.monotonic()
         asked = requests(left[first : first + tasks_a_part])
         rollouts, scores = sample(engines, verifiers, pool, asked, Clock())

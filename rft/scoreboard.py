@@ -27,11 +27,14 @@ SAFE = 0.95
 """Adaptive-Consistency stops when the majority is as likely as this to stay."""
 FREQUENT = 0.1
 """Share of the samples that an answer needs to be a candidate of Best-of-Majority."""
+RIGHT = ""
+"""The answer of every sample that is right."""
 
 
 @dataclass(frozen=True)
 class Row:
-    """What is kept of a sample: its answer, as far as majorities go, and how it did."""
+    """What is kept of a sample: its answer, as far as majorities go (`RIGHT`, or another text for
+    each wrong one), and how it did."""
 
     answer: str
     reward: float
@@ -46,7 +49,8 @@ def keep(sample: Sample) -> Row:
     """A sample without its text."""
     right = sample.reward >= 1.0
     # All right answers are one answer, however they are written; wrong ones by their spelling.
-    answer = "" if right else final_answer(sample.text)
+    # A wrong one may well be empty, in a box or cut off in its thinking.
+    answer = RIGHT if right else f"wrong: {final_answer(sample.text)}"
     return Row(
         answer,
         sample.reward,
@@ -104,7 +108,7 @@ def majority(group: Sequence[Row], k: int) -> float:
     """Share of the disjoint runs of k samples whose most frequent answer is right; of answers as
     frequent the earliest counts."""
     blocks = [group[i : i + k] for i in range(0, len(group) - k + 1, k)]
-    return float(np.mean([_most(block)[0][0] == "" for block in blocks]))
+    return float(np.mean([_most(block)[0][0] == RIGHT for block in blocks]))
 
 
 def adaptive(group: Sequence[Row]) -> tuple[bool, int]:
@@ -113,12 +117,12 @@ def adaptive(group: Sequence[Row]) -> tuple[bool, int]:
         counts = [count for _, count in _most(group[:used])]
         if majority_is_safe(counts[0], counts[1] if len(counts) > 1 else 0) >= SAFE:
             break
-    return _most(group[:used])[0][0] == "", used
+    return _most(group[:used])[0][0] == RIGHT, used
 
 
 def _best(group: Sequence[Row]) -> float:
     answers, scores = [r.answer for r in group], [r.likelihood for r in group]
-    return float(best_of_majority(answers, scores, 1, FREQUENT)[0] == "")
+    return float(best_of_majority(answers, scores, 1, FREQUENT)[0] == RIGHT)
 
 
 def _most(rows: Sequence[Row]) -> list[tuple[str, int]]:

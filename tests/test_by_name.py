@@ -157,14 +157,16 @@ def test_each_preset_names_a_part_and_keys_that_there_are(name: str) -> None:
 
 
 def composed(name: str) -> dict[str, Any]:
-    """The verifier of `reward=name`, with what must be set by hand set."""
-    import yaml
+    """The verifier of `reward=name`."""
+    from omegaconf import OmegaConf
 
     from rft.config.compose import resources
 
-    text = (resources.files("rft.configs") / "reward" / f"{name}.yaml").read_text("utf-8")
-    found: dict[str, Any] = yaml.safe_load(text)["verifier"]
-    return found
+    with (resources.files("rft.configs") / "reward" / f"{name}.yaml").open() as file:
+        reward = OmegaConf.load(file)
+    tree = OmegaConf.create({"reward": {"sandbox": "auto", **reward}})
+    found: Any = OmegaConf.to_container(tree.reward.verifier, resolve=True)
+    return dict(found)
 
 
 def test_a_wrong_key_or_class_in_a_dict_of_parts_is_refused_by_name() -> None:

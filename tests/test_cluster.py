@@ -31,6 +31,12 @@ class Worker:
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
+    def stream(self, end: str) -> Iterator[int]:
+        yield 1
+        if end != "well":
+            getattr(self, end)()
+        yield 2
+
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -91,6 +97,19 @@ def test_a_dead_worker_is_named_and_its_log_kept(cluster) -> None:  # type: igno
         get(cluster, worker.call("die"))
     logs = Path(str(caught.value).split("its log is under ")[1].split(";")[0])
     assert logs.is_dir()
+
+
+def test_what_streams_ends_with_its_workers_error_or_death(cluster) -> None:  # type: ignore[no-untyped-def]
+    def stream(*ends: str) -> list[tuple[int, int]]:
+        workers = [cluster.spawn(f"engine {i}", TARGET) for i in range(len(ends))]
+        pending = [w.stream("stream", end) for w, end in zip(workers, ends, strict=True)]
+        return list(cluster.stream(pending, what="a test", deadline=60.0))
+
+    assert sorted(stream("well", "well")) == [(0, 1), (0, 2), (1, 1), (1, 2)]
+    with pytest.raises(RftError, match=r"^no; ask for something else$"):
+        stream("well", "refuse")
+    with pytest.raises(PartDied, match="engine 1 ended during a test"):
+        stream("well", "die")
 
 
 def test_no_wait_is_without_end(cluster) -> None:  # type: ignore[no-untyped-def]

@@ -55,6 +55,21 @@ def test_samples_of_other_settings_are_not_mixed(trained: Path) -> None:
     assert "has samples of other settings" in done.stderr
 
 
+def test_the_same_checkpoint_may_be_evaluated_in_other_ways_under_other_names(
+    trained: Path, tmp_path: Path
+) -> None:
+    rows = '{"prompt": "rab=", "answer": "ba"}\n'
+    (tmp_path / "more.jsonl").write_text(rows)
+    more = [f"+tasks.evaluation.more.source={tmp_path}/more.jsonl", "evaluation.samples=2"]
+    check(run("rft.evaluate", f"run={trained}", "name=two", *more))
+    board = json.loads((trained / "evaluations" / "two" / "evaluation.json").read_text())
+    assert [board[name]["samples"] for name in ("test", "more")] == [2, 2]
+    (tmp_path / "more.jsonl").write_text(rows.replace("ba", "ab"))
+    done = run("rft.evaluate", f"run={trained}", "name=two", *more)
+    check(done, code=2)
+    assert "has samples of other settings (content" in done.stderr
+
+
 def test_what_cannot_be_evaluated_is_one_clear_line(trained: Path, tmp_path: Path) -> None:
     done = run("rft.evaluate", f"run={tmp_path}")
     check(done, code=2)
@@ -65,6 +80,12 @@ def test_what_cannot_be_evaluated_is_one_clear_line(trained: Path, tmp_path: Pat
     done = run("rft.evaluate", f"run={trained}", "evaluation.sample=3")
     check(done, code=2)
     assert "did you mean" in done.stderr
+    done = run("rft.evaluate", f"run={trained}", "cluster=inline")
+    check(done, code=2)
+    assert "names a preset" in done.stderr
+    done = run("rft.evaluate", f"run={trained}", "+pool@tasks.evaluation.x=math501")
+    check(done, code=2)
+    assert "there is no pool=math501; did you mean 'math500'?" in done.stderr
 
 
 def test_reference_rates_are_the_same_column_however_often_interrupted_and_reach_the_pool(

@@ -312,6 +312,21 @@ def test_saved_datasets_and_their_splits_are_read(tmp_path, encoder):
     assert_says(message, "tasks.train.split='tset'", "'test'")
 
 
+def test_slices_of_one_split_are_pools_of_their_own(tmp_path, monkeypatch, encoder):
+    import datasets
+
+    monkeypatch.setattr("datasets.config.HF_DATASETS_CACHE", tmp_path / "cache")
+    rows = str(jsonl(tmp_path, GOOD, OTHER))
+
+    def load_dataset(source, subset, split):
+        return local("json", data_files={"train": rows}, split=split)
+
+    local = datasets.load_dataset
+    monkeypatch.setattr(datasets, "load_dataset", load_dataset)  # there is no hub
+    assert list(load("some/dataset", encoder, split="train[:1]").ids) == ["a"]
+    assert list(load("some/dataset", encoder, split="train[1:]").ids) == ["b"]
+
+
 def test_a_pool_in_memory_and_its_ids_survive_a_pickle(tmp_path, encoder):
     pool = load(jsonl(tmp_path, GOOD, OTHER), encoder)
     assert list(pickle.loads(pickle.dumps(pool.ids))) == ["a", "b"]  # noqa: S301  (our own bytes)
@@ -850,7 +865,7 @@ def test_thinking_is_told_to_templates_that_know_it(tmp_path, model):
     assert said(knows, USER, thinking="enabled") == "<user>1+1=>True"
     assert said(knows, USER, thinking="disabled") == "<user>1+1=>False"
     with pytest.raises(
-        RftError, match=r"tasks\.thinking=disabled .* does not know enable_thinking"
+        RftError, match=r"thinking=disabled .* does not know enable_thinking"
     ):
         PromptEncoder(model, TasksConfig(thinking="disabled"))
     with pytest.raises(RftError, match=r"tasks\.thinking=enabled .* tasks\.chat=never"):

@@ -265,6 +265,40 @@ def test_its_processes_are_gone_after_close() -> None:
     assert not any(psutil.pid_exists(pid) for pid in pids)
 
 
+def test_closing_ends_checks_that_are_under_way_and_those_that_wait() -> None:
+    mine = puppet()
+    mine.submit([(Task("a", "p", "a"), "sleep 1", "stop")] * 60)
+    pid = psutil.Process().children()[-1].pid
+    start = time.monotonic()
+    mine.close()
+    assert time.monotonic() - start < 5.0  # all of them would take half a minute
+    assert not psutil.pid_exists(pid)
+    with pytest.raises(RftError, match="were closed"):
+        mine.collect()
+
+
+@pytest.mark.timeout(60)
+def test_a_lost_process_that_workers_are_forked_from_costs_no_score(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    pool = puppet()
+    try:
+        pids = [int(s.detail) for s in score(pool, *["pid"] * 8)]
+        nursery, workers = psutil.Process(pids[0]).parent(), map(psutil.Process, set(pids))
+        assert nursery is not None
+        nursery.kill()
+        psutil.wait_procs([*workers], timeout=10)
+        assert verdicts(pool, *["1"] * 8) == [(1.0, "correct")] * 8
+        monkeypatch.setattr("rft.rewards.pool.START_SECONDS", 1.0)
+        nursery = psutil.Process(int(score(pool, "pid")[0].detail)).parent()
+        assert nursery is not None
+        nursery.suspend()  # it answers no more
+        reasons = [s.reason for s in score(pool, "hang", "1", "hang", "0")]
+        assert reasons == ["timeout", "correct", "timeout", "wrong"]
+    finally:
+        pool.close()
+
+
 # ---- the verifiers there are
 
 

@@ -39,6 +39,14 @@ def test_majority_counts_disjoint_runs_and_earlier_answers_win_ties() -> None:
     assert majority([R, A, A, R, R], 4) == 1.0  # the last one is left over
 
 
+def test_a_wrong_sample_without_an_answer_is_not_counted_as_a_right_one() -> None:
+    texts = ["", "<think>cut off", r"\boxed{}"]
+    lost = [keep(Sample("t", i, x, 0.0, "wrong", "", 3, -1.0, 0.5)) for i, x in enumerate(texts)]
+    assert majority(lost, 3) == 0.0
+    assert adaptive(lost)[0] is False
+    assert scoreboard([[*lost, lost[0]]])["bom"][0] == 0.0
+
+
 def test_adaptive_consistency_stops_as_soon_as_the_majority_is_safe() -> None:
     assert adaptive([R, R, R, R, A, A]) == (True, 4)  # P(p > 1/2) = 1 - 2**-5 at four of four
     assert adaptive([A] * 9) == (False, 4)
@@ -91,5 +99,5 @@ def test_right_answers_are_one_answer_however_they_are_written() -> None:
         return Sample("t", 0, text, reward, "correct", "", 2, -3.0, 0.1)
 
     assert keep(of(r"\boxed{0.5}", 1.0)).answer == keep(of(r"\boxed{\frac12}", 1.0)).answer
-    assert keep(of(r"\boxed{0.4}", 0.0)).answer == "0.4"
+    assert keep(of(r"\boxed{0.4}", 0.0)).answer == "wrong: 0.4"
     assert keep(of("x", 0.0)).likelihood == -1.5

@@ -52,7 +52,10 @@ def place_sampling(
     on_gpu = resolve_device(config.cluster) == "cuda"
     cluster = make_cluster(config, config.rollout.engines if on_gpu else 0, folder)
     try:
-        yield _engines(cluster, config), _verifiers(cluster, config, verifiers)
+        checking = _verifiers(cluster, config, verifiers)
+        engines = _engines(cluster, config)
+        checking.about()  # what a verifier lacks shows before anything is generated
+        yield engines, checking
     finally:
         cluster.close()
 

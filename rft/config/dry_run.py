@@ -101,7 +101,7 @@ def _memory(config: Config) -> str:
     optimizer = parameters * (8 if width == 4 else 12) / (ranks if stage >= 1 else 1)
     gradients = parameters * width / (ranks if stage >= 2 else 1)
     weights = parameters * width / (ranks if stage >= 3 else 1) + (largest if stage == 3 else 0)
-    activations = _activations(config, model) * width
+    activations = _activations(config, model)
     total = weights + gradients + optimizer + activations
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
@@ -136,16 +136,19 @@ def _model_config(config: Config) -> tuple[Any, str]:
         return AutoConfig.for_model(shape.pop("model_type"), **shape), "sizes of model.shape"
 
 
-def _activations(config: Config, model: Any) -> int:
-    """Numbers kept for the backward pass of one micro-batch, roughly: 34 a hidden unit and token
-    (Korthikanti et al., arXiv 2205.05198, without what flash attention does not keep), of all
-    layers or, with checkpointing, of one and the layers' inputs; and logits with their gradient in
-    float32."""
-    tokens, hidden, layers = config.learner.token_budget, model.hidden_size, model.num_hidden_layers
-    layer = 34 * hidden // 2
-    kept = layers * hidden + layer if config.model.gradient_checkpointing else layers * layer
-    logits = model.vocab_size * 2 * 4 // BYTES[config.model.dtype]
-    return int(tokens * (kept + logits))
+def _activations(config: Config, model: Any) -> float:
+    """Bytes kept for the backward pass of one micro-batch, roughly.
+
+    17 numbers a hidden unit and token of a layer (Korthikanti et al., arXiv 2205.05198, without
+    attention's own), of all layers or, with checkpointing, of one and the layers' inputs; and the
+    logits of a chunk of tokens, their log-softmax and its gradient, in float32.
+    """
+    from rft.learner.logprobs import CHUNK
+
+    tokens, layers = config.learner.token_budget, model.num_hidden_layers
+    kept = layers + 17 if config.model.gradient_checkpointing else layers * 17
+    hidden = tokens * model.hidden_size * kept * BYTES[config.model.dtype]
+    return float(hidden + min(tokens, CHUNK) * model.vocab_size * 3 * 4)
 
 
 def _parameters(model: Any) -> tuple[int, int]:

@@ -45,7 +45,8 @@ class PoolConfig:
     is field b of struct column a."""
     adapt: str = ""
     """Dotted path of a function from a source's row to one with our columns, where a mapping of
-    names is not enough; `rft.tasks.adapters` has those of the presets."""
+    names is not enough; `rft.tasks.adapters` has those of the presets. When its file changes the
+    pool is prepared again; what that imports is not looked at."""
     verifier: str = ""
     """Name of the verifier of all rows, where the source has no column for it."""
     domain: str = ""

@@ -127,8 +127,8 @@ class Code:
         said = result.stdout.decode("utf-8", "replace")
         if said == nonce:
             return ""
-        if said.startswith("refused: "):
-            raise ValueError(f"task {tests.task}: {said.removeprefix('refused: ')}")
+        if said.startswith(nonce):
+            raise ValueError(f"task {tests.task}: {said.removeprefix(nonce)}")
         if said:
             return said
         return _broken(result, limits, "tests") or "the program ended before its tests did"

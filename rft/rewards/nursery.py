@@ -20,6 +20,7 @@ import socket
 import struct
 import sys
 import time
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from rft.config.parts import build
@@ -36,14 +37,23 @@ class Closed(Exception):
     """The other end of a socket is gone."""
 
 
+@contextlib.contextmanager
+def gone_is_closed() -> Iterator[None]:
+    """A socket's errors as `Closed`, but for `TimeoutError`."""
+    try:
+        yield
+    except TimeoutError:
+        raise
+    except OSError as error:  # reset, a broken pipe, or closed by another thread
+        raise Closed from error
+
+
 def send(connection: socket.socket, message: Any, seconds: float | None = None) -> None:
     """Send one message. Raises `TimeoutError` after `seconds`, `Closed` where nobody listens."""
     data = json.dumps(message).encode()  # ASCII: half a surrogate pair passes too
-    connection.settimeout(seconds)
-    try:
+    with gone_is_closed():
+        connection.settimeout(seconds)
         connection.sendall(struct.pack("<Q", len(data)) + data)
-    except (BrokenPipeError, ConnectionResetError) as error:
-        raise Closed from error
 
 
 def receive(connection: socket.socket, seconds: float | None = None) -> Any:
@@ -61,12 +71,10 @@ def receive(connection: socket.socket, seconds: float | None = None) -> Any:
 def _exactly(connection: socket.socket, size: int, end: float | None) -> bytes:
     data = bytearray()
     while len(data) < size:
-        # Set anew each time: bytes that trickle in must not stretch the deadline.
-        connection.settimeout(None if end is None else max(1e-3, end - time.monotonic()))
-        try:
+        with gone_is_closed():
+            # Set anew each time: bytes that trickle in must not stretch the deadline.
+            connection.settimeout(None if end is None else max(1e-3, end - time.monotonic()))
             more = connection.recv(min(size - len(data), 1 << 20))
-        except ConnectionResetError as error:
-            raise Closed from error
         if not more:
             raise Closed
         data += more
@@ -82,10 +90,10 @@ def main(connection: socket.socket) -> None:
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C is the main process's to handle
     # What a killed worker leaves behind comes to this process, which ends it.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
-    verifier = receive(connection)
-    send(connection, {"fault": _import(verifier["part"])})
     workers: set[int] = set()
     with contextlib.suppress(Closed):
+        verifier = receive(connection)
+        send(connection, {"fault": _import(verifier["part"])})
         while True:
             message = receive(connection)
             if "kill" in message:
@@ -99,8 +107,8 @@ def main(connection: socket.socket) -> None:
                     _work(theirs, **verifier)
                 theirs.close()
                 workers.add(pid)
-                socket.send_fds(connection, [struct.pack("<q", pid)], [ours.fileno()])
-                ours.close()
+                with ours, gone_is_closed():
+                    socket.send_fds(connection, [struct.pack("<q", pid)], [ours.fileno()])
     for pid in list(workers):
         _end(pid, workers)
 
@@ -198,7 +206,10 @@ def _isolate(memory_gib: float) -> None:
         os.dup2(quiet, descriptor)
     resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
     _, hard = resource.getrlimit(resource.RLIMIT_AS)
-    resource.setrlimit(resource.RLIMIT_AS, (int(memory_gib * 2**30), hard))
+    most = int(memory_gib * 2**30)
+    if hard != resource.RLIM_INFINITY:  # less, where the machine allows less
+        most = min(most, hard)
+    resource.setrlimit(resource.RLIMIT_AS, (most, hard))
 
 
 def _task(values: dict[str, Any]) -> Task:

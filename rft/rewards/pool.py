@@ -26,7 +26,7 @@ from typing import Any
 
 from rft.errors import RftError
 from rft.records import Finish, Score, Task
-from rft.rewards.nursery import Closed, receive, send
+from rft.rewards.nursery import Closed, gone_is_closed, receive, send
 
 Item = tuple[Task, str, Finish]
 START_SECONDS = 60.0
@@ -93,7 +93,7 @@ class VerifierPool:
     def collect(self) -> list[Score]:
         """The scores of all that was submitted since the last call, in order.
 
-        Raises RftError where workers can no longer be started.
+        Raises RftError where workers can no longer be started, or the pool was closed meanwhile.
         """
         chunks, self._submitted = self._submitted, []
         for chunk in chunks:
@@ -125,8 +125,11 @@ class VerifierPool:
                         worker = _Worker(self._nursery)
                     if not worker.check(chunk, self._timeout):
                         worker = None
-            except RftError as error:
+            except Exception as error:  # noqa: BLE001  (the fault boundary: `collect` raises it)
                 chunk.fault = error
+                if worker is not None:  # what it still says would be taken for later scores
+                    worker.connection.close()
+                    worker = None
             finally:
                 chunk.done.set()
         if worker is not None:
@@ -140,6 +143,7 @@ class _Nursery:
         self.name = str(verifier["_target_"])
         self._settings = {"part": verifier, "memory_gib": memory_gib}
         self._lock = threading.Lock()
+        self._closed = False
         self._start()
 
     def _start(self) -> None:
@@ -159,26 +163,33 @@ class _Nursery:
             send(self._socket, self._settings, START_SECONDS)
             fault = receive(self._socket, START_SECONDS)["fault"]
         except (TimeoutError, Closed) as error:
-            self.close()
+            self._hang_up()
             raise self.unbuilt(_cause(error)) from error
         if fault:
-            self.close()
+            self._hang_up()
             raise self.unbuilt(fault)
 
     def fork(self) -> tuple[int, socket.socket]:
-        """A new worker: its process id and our end of its socket."""
+        """A new worker: its process id and our end of its socket. Raises RftError where there is
+        none to be had, or the pool was closed."""
         with self._lock:
             try:
                 return self._fork()
-            except Closed:  # a verifier may have killed it
-                self.close()
-                self._start()
+            except (TimeoutError, Closed) as error:  # a verifier may have killed or stopped it
+                if self._closed:
+                    raise RftError("the verifiers were closed while they checked") from error
+                self._hang_up()
+            self._start()
+            try:
                 return self._fork()
+            except (TimeoutError, Closed) as error:
+                raise self.unbuilt(_cause(error)) from error
 
     def _fork(self) -> tuple[int, socket.socket]:
         send(self._socket, {"fork": True}, START_SECONDS)
-        self._socket.settimeout(START_SECONDS)
-        data, descriptors, _, _ = socket.recv_fds(self._socket, 8, 1)
+        with gone_is_closed():
+            self._socket.settimeout(START_SECONDS)
+            data, descriptors, _, _ = socket.recv_fds(self._socket, 8, 1)
         if not descriptors:
             raise Closed
         return struct.unpack("<q", data)[0], socket.socket(fileno=descriptors[0])
@@ -189,16 +200,29 @@ class _Nursery:
             try:
                 send(self._socket, {"kill": pid}, START_SECONDS)
                 return int(receive(self._socket, START_SECONDS)["status"])
+            except TimeoutError:  # stopped, say: its workers go with it, and `fork` makes another
+                self._process.kill()
             except Closed:
-                return -signal.SIGKILL  # the nursery is gone, and its workers went with it
+                pass  # it is gone, and its workers went with it
+            return -signal.SIGKILL
 
     def unbuilt(self, fault: str) -> RftError:
         return RftError(f"verifier {self.name} could not be built ({fault}); mend it or its keys")
 
     def close(self) -> None:
-        """Hang up: the nursery ends its workers and itself."""
+        """End the nursery with its workers, for good."""
+        self._closed = True
+        self._shut()  # whoever has the lock need not wait for an answer
+        with self._lock:
+            self._hang_up()
+
+    def _shut(self) -> None:
         with contextlib.suppress(OSError):
             self._socket.shutdown(socket.SHUT_RDWR)
+
+    def _hang_up(self) -> None:
+        """The nursery ends its workers and itself."""
+        self._shut()
         try:
             self._process.wait(timeout=5.0)
         except subprocess.TimeoutExpired:  # it hangs in an import, say
@@ -212,6 +236,7 @@ class _Worker:
 
     def __init__(self, nursery: _Nursery) -> None:
         self._nursery = nursery
+        self._has_checked = False
         self.pid, self.connection = nursery.fork()
         try:
             fault = receive(self.connection, START_SECONDS)["fault"]
@@ -235,8 +260,8 @@ class _Worker:
         return str(said["about"])
 
     def check(self, chunk: _Chunk, timeout: float) -> bool:
-        """Add the scores that `chunk` lacks. False where the process ended over one of them: that
-        one has its score, the rest wants another worker."""
+        """Add the scores that `chunk` lacks. False where the process ended: if it was over one of
+        them that one has its score, and the rest wants another worker."""
         rest = chunk.items[len(chunk.scores) :]
         # A task's rollouts share its tests, which may be megabytes: they are sent once.
         tasks = list({id(task): task for task, _, _ in rest}.values())
@@ -245,8 +270,10 @@ class _Worker:
             "tasks": [asdict(task) for task in tasks],
             "items": [(place[id(task)], text, finish) for task, text, finish in rest],
         }
+        sent = False
         try:
             send(self.connection, message, timeout)
+            sent = True
             for _ in rest:
                 chunk.scores.append(Score(*receive(self.connection, timeout)))
         except TimeoutError:
@@ -255,9 +282,11 @@ class _Worker:
             return False
         except Closed:
             status = self._end()
-            why = f"the verifier's process ended with {status}"
-            chunk.scores.append(Score(0.0, "error", why))
+            if sent or not self._has_checked:  # else it ended while idle: none of these is to blame
+                why = f"the verifier's process ended with {status}"
+                chunk.scores.append(Score(0.0, "error", why))
             return False
+        self._has_checked = True
         return True
 
     def _end(self) -> int:

@@ -44,6 +44,8 @@ def exchange(server: Server, program: Program, stdin: bytes, limits: Limits, fet
     }
     line, theirs = socket.socketpair()
     inward, outward, errors = os.pipe(), os.pipe(), os.pipe()
+    for number in (inward[0], outward[1], errors[1]):
+        os.fchmod(number, 0o666)  # the program, another user, may open /dev/stdin
     ours = (inward[1], outward[0], errors[0])
     streams = _Streams(line, ours, frame(request, *program.files.values()), stdin)
     try:
@@ -139,20 +141,21 @@ class _Streams:
 
     def frame(self, index: int) -> tuple[dict[str, Any], bytes] | None:
         """The keeper's first (it has begun) or second (it has ended) word, once that is whole."""
-        rest = bytes(self._come[self._line])
+        come = self._come[self._line]
+        start = 0
         for i in range(index + 1):
-            end = 8 + int.from_bytes(rest[:8], "big")
-            if len(rest) < max(end, 9):
+            end = start + 8 + int.from_bytes(come[start : start + 8], "big")
+            if len(come) < max(end, start + 9):
                 return None
-            header = json.loads(rest[8:end])
+            header = json.loads(come[start + 8 : end])
             if "fault" in header:
                 raise SandboxFault(header["fault"])
             total = end + sum(header["sizes"])
-            if len(rest) < total:
+            if len(come) < total:
                 return None
             if i == index:
-                return header, rest[end:total]
-            rest = rest[total:]
+                return header, bytes(come[end:total])
+            start = total
         return None
 
     def close(self) -> None:

@@ -215,7 +215,14 @@ def _memory(pids: list[int], limit: int) -> int:
     """Bytes that `pids` use together. First the sum, in which pages shared by a fork count more
     than once; only where that is too much the exact share of each, which is slow to come by."""
     used = sum(map(_resident, pids))
-    return used if used <= limit else sum(map(_share, pids))
+    if used <= limit:
+        return used
+    used = 0
+    for pid in pids:
+        used += _share(pid)
+        if used > limit:  # time counts: more is being taken meanwhile
+            break
+    return used
 
 
 def _resident(pid: int) -> int:

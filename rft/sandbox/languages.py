@@ -9,7 +9,7 @@ from dataclasses import dataclass
 
 from rft.errors import RftError, nearest
 from rft.sandbox import view
-from rft.sandbox.limits import Limits
+from rft.sandbox.limits import MIB, Limits
 from rft.sandbox.program import Program, python
 from rft.sandbox.sandbox import Sandbox
 from rft.sandbox.snippet import PATH
@@ -115,6 +115,8 @@ def prepare(sandbox: Sandbox, name: str, text: str, limits: Limits) -> Program:
         if made.status != "ok" or not made.fetched:
             said = made.stderr.decode(errors="replace").strip()
             raise CompileError(said or f"the compiler ended with {made.status}")
+        if len(made.fetched) > limits.tmp_mib * MIB // 2:
+            raise CompileError(f"the program is too large: {len(made.fetched) >> 20} MiB")
         files = {_BINARY: made.fetched}
     return Program(files, _argv(key, language.run, heap), language.reserves)
 

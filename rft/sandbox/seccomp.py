@@ -26,6 +26,7 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "listen": (50, 201),
     "accept": (43, 202),
     "accept4": (288, 242),
+    "setsockopt": (54, 208),  # larger buffers, names by themselves, filters to compile
     # Other processes.
     "ptrace": (101, 117),
     "process_vm_readv": (310, 270),
@@ -100,16 +101,23 @@ _REFUSED: dict[str, tuple[int | None, int | None]] = {
     "msgget": (68, 186),
     "semget": (64, 190),
     "mq_open": (240, 180),
+    # What the kernel counts by user or by machine: a program could leave none for the host.
+    "io_setup": (206, 0),
+    "inotify_init": (253, None),
+    "inotify_init1": (294, 26),
 }
 _CLONE, _IOCTL, _SOCKETPAIR, _FCNTL = (56, 220), (16, 29), (53, 199), (72, 25)
+_MMAP = (9, 222)
+_SHARED_ANONYMOUS = 0x21  # such memory stays when unmapped in part, so that no limit holds for it
 _CLONE3 = 435
 _NEWEST = 462  # numbers are shared by both architectures from 424 on
 _NAMESPACES = 0x7E020000 | 0x00000080  # every CLONE_NEW*; 0x80 is NEWTIME, no signal of ours
 _TERMINAL = (0x5412, 0x541C)  # TIOCSTI and TIOCLINUX: typing for the user
 _F_SETPIPE_SZ = 1031
 _AF_UNIX = 1
+_DATAGRAM = 2  # with SOCK_RAW 3, which is made one: each can be sent to any address
 
-_LOAD, _EQUAL, _ATLEAST, _ANY, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
+_LOAD, _EQUAL, _ATLEAST, _ANY, _AND, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x54, 0x06
 _ALLOW, _KILL, _ERRNO = 0x7FFF0000, 0x80000000, 0x00050000
 _NUMBER, _ARCHITECTURE, _ARGUMENT0 = 0, 4, 16  # offsets in struct seccomp_data
 
@@ -142,9 +150,17 @@ def program(machine: str) -> bytes:
         (_ANY, 0, 1, _NAMESPACES),
         refuse,
         allow,
-        (_EQUAL, 0, 4, _SOCKETPAIR[which]),
+        (_EQUAL, 0, 6, _SOCKETPAIR[which]),
         (_LOAD, 0, 0, _ARGUMENT0),
-        (_EQUAL, 1, 0, _AF_UNIX),
+        (_EQUAL, 0, 2, _AF_UNIX),
+        (_LOAD, 0, 0, _ARGUMENT0 + 8),
+        (_ANY, 0, 1, _DATAGRAM),
+        refuse,
+        allow,
+        (_EQUAL, 0, 5, _MMAP[which]),
+        (_LOAD, 0, 0, _ARGUMENT0 + 24),
+        (_AND, 0, 0, _SHARED_ANONYMOUS),
+        (_EQUAL, 0, 1, _SHARED_ANONYMOUS),
         refuse,
         allow,
         (_EQUAL, 0, 4, _FCNTL[which]),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import atexit
+import contextlib
 import gc
 import io
 import math
@@ -21,6 +22,7 @@ from rft.sandbox.limits import MIB, Limits
 
 STACK_MIB = 64
 OPEN_FILES = 128
+RESERVED = 64 << 30  # bytes; what a runtime may map bounds the page tables, which nothing counts
 FAULT = "fault: "
 PATH = "/usr/local/bin:/usr/bin:/bin"
 ENVIRONMENT = {
@@ -84,7 +86,8 @@ def _limit(limits: Limits, reserves: bool) -> None:
     cpu = math.ceil(limits.cpu_seconds or limits.seconds)
     memory = limits.memory_mib * MIB
     values = {
-        resource.RLIMIT_DATA if reserves else resource.RLIMIT_AS: memory,
+        resource.RLIMIT_AS: RESERVED if reserves else memory,
+        resource.RLIMIT_DATA: memory,
         resource.RLIMIT_FSIZE: limits.tmp_mib * MIB,
         resource.RLIMIT_NPROC: limits.processes + 2,  # the keeper and the init are counted
         resource.RLIMIT_NOFILE: OPEN_FILES,
@@ -134,8 +137,13 @@ def _interpret(path: str) -> NoReturn:
         threading._shutdown()  # type: ignore[attr-defined]  # waits for threads, as at any exit
         atexit._run_exitfuncs()
         for stream in (sys.stdout, sys.stderr):
-            if stream is not None and not stream.closed:
+            if stream is not None and not getattr(stream, "closed", False):
                 stream.flush()
+        # An interpreter's end frees these, which flushes them; here nothing is freed.
+        for stream in [*originals.values(), *vars(main).values()]:
+            if type(stream) in (io.TextIOWrapper, io.BufferedWriter):
+                with contextlib.suppress(OSError, ValueError):  # closed, perhaps
+                    stream.flush()
     except BaseException as error:  # noqa: BLE001  (what the program put there)
         code = code or 120  # what Python itself exits with then
         _last_words(error, path)
@@ -144,9 +152,11 @@ def _interpret(path: str) -> NoReturn:
 
 def _text(number: int, mode: str, errors: str) -> io.TextIOWrapper:
     buffered = open(number, mode + "b", closefd=False)  # noqa: SIM115  (lives as long as we do)
-    return io.TextIOWrapper(
+    stream = io.TextIOWrapper(
         buffered, "utf-8", errors, line_buffering=number == 2, write_through=number == 2
     )
+    stream.__dict__["mode"] = mode  # as an interpreter's own have it, and programs ask for it
+    return stream
 
 
 def _exit_code(asked: object) -> int:

@@ -13,7 +13,8 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "/run/rft/sandbox"  # where this package appears inside
-DEVICES = ("null", "zero", "full", "urandom", "random")
+# Not zero: memory mapped from it is shared, and outlives its mapping (see `seccomp.py`).
+DEVICES = ("null", "full", "urandom", "random")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin")
 _ETC = ("/etc/ld.so.cache", "/etc/alternatives", "/etc/java-*")
 _NOBODY = "nobody:x:65534:65534:nobody:/tmp:/usr/sbin/nologin\n"
@@ -35,6 +36,8 @@ def here() -> View:
     is not, even where the interpreter lies in it, or it in /usr."""
     wanted = {PACKAGE: str(Path(__file__).resolve().parent)}
     links = [("/tmp", "/dev/shm"), ("/proc/self/fd", "/dev/fd")]
+    for number, name in enumerate(("stdin", "stdout", "stderr")):
+        links.append((f"/proc/self/fd/{number}", f"/dev/{name}"))
     for path in [*_SYSTEM, *_expanded(_ETC)]:
         if os.path.islink(path):
             links.append((os.readlink(path), path))

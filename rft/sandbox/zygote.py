@@ -11,6 +11,7 @@ import gc
 import importlib
 import os
 import signal
+import site
 import socket
 import sys
 
@@ -39,6 +40,10 @@ def main() -> None:
     sys.path += sys.argv[3:]
     for name in WARM.split():
         importlib.import_module(name)
+    for give in (site.setquit, site.setcopyright, site.sethelper):
+        give()  # exit, quit and what else an interpreter with its site module has
+    # Process 1 gets the signals that it handles even from within: Python's own handler must go.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # the kernel reaps the keepers
     gc.collect()
     gc.disable()

@@ -12,6 +12,7 @@ at both ends, the footer, the columns' sizes, and the columns' hash where they a
 
 from __future__ import annotations
 
+import contextlib
 import json
 import os
 import shutil
@@ -112,13 +113,14 @@ class _replacing:
         return self._file
 
     def __exit__(self, kind: Any, *_: Any) -> None:
-        with self._file:
-            self._file.flush()
-            os.fsync(self._file.fileno())
-        if kind is None:
-            os.replace(self._name, self._target)
-        else:
-            os.unlink(self._name)
+        try:
+            with self._file:
+                self._file.flush()
+                os.fsync(self._file.fileno())
+            if kind is None:
+                os.replace(self._name, self._target)
+        finally:
+            Path(self._name).unlink(missing_ok=True)
 
 
 class Writer:
@@ -194,7 +196,8 @@ class Writer:
     def close(self) -> None:
         """Remove what is not the pool itself."""
         for file in self._files.values():
-            file.close()
+            with contextlib.suppress(OSError):  # what a full disk did not take goes anyway
+                file.close()
         shutil.rmtree(self._folder)
 
     def _buffer(self, name: str) -> pa.Buffer:

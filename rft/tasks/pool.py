@@ -170,6 +170,11 @@ class TaskPool:
         return cls(Prepared(batch, facts), summary=f"{len(tasks)} tasks")
 
     @property
+    def digest(self) -> str:
+        """Hash of all that was prepared, tokens included; empty for a pool made in memory."""
+        return str(self._columns.facts.get("digest", ""))
+
+    @property
     def weak(self) -> Floats:
         """Pass rates of the weak reference model, [N]; NaN is unknown."""
         return self._rates["weak"]

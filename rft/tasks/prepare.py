@@ -19,6 +19,7 @@ from typing import Any
 import numpy as np
 import xxhash
 
+from rft import __version__
 from rft.config.schema import PoolConfig, TasksConfig
 from rft.errors import RftError
 from rft.tasks.cache import FORMAT, Prepared, Writer, cache_folder, digest_file, open_prepared
@@ -90,7 +91,8 @@ def prepared(
 def _name(pool: PoolConfig, tasks: TasksConfig, encoder: PromptEncoder, source: Source) -> str:
     """A hash of everything that a prepared pool depends on."""
     made_from = [
-        (FORMAT, unicodedata.unidata_version, source.digest(), sorted(pool.columns.items())),
+        (FORMAT, __version__, unicodedata.unidata_version),
+        (source.digest(), sorted(pool.columns.items())),
         (pool.adapt, digest_file(adapter_file(pool.adapt)) if pool.adapt else ""),
         (pool.verifier, pool.domain, pool.user, pool.nan_pass_rates, pool.max_tasks),
         (tasks.max_prompt_tokens, tasks.too_long, encoder.fingerprint),

@@ -40,11 +40,18 @@ class Source:
     dataset: Any = None
 
     def digest(self) -> list[str]:
-        """Of the bytes of all files, in order."""
-        files = self.files
+        """Of the bytes of all files, in order, and of which rows of a dataset's are meant: a split
+        may be a slice, `train[:10%]`. Raises RftError where a file cannot be read."""
+        files, rows = self.files, []
         if self.dataset is not None:
             files = tuple(Path(file["filename"]) for file in self.dataset.cache_files)
-        return [digest_file(path) for path in files]
+            rows = [str(self.dataset._fingerprint)]
+        try:
+            return [digest_file(path) for path in files] + rows
+        except OSError as error:
+            raise RftError(
+                f"{self.name} cannot be read ({error}); mend its permissions, or fetch it again"
+            ) from error
 
     def parts(self, wanted: Collection[str] | None) -> Iterator[tuple[list[str], Numbered]]:
         """For each file, the names of its columns (none where only its rows know) and its rows.
