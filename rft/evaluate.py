@@ -98,11 +98,12 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     from rft.config.parts import build
     from rft.pools import evaluation_pools, verifier_names
     from rft.run import owned
-    from rft.samples import same_settings, sampled, tasks_a_part
+    from rft.sample_files import same_settings, sampled, tasks_a_part
     from rft.sampling import evaluation_requests
     from rft.scoreboard import keep, scoreboard
     from rft.state import write_atomic
     from rft.tasks.prompts import PromptEncoder
+    from rft.tracking.environment import write_environment
 
     if config.prepare is not None:
         build(config.prepare)
@@ -110,10 +111,9 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     with owned(folder):
         same_settings(folder, settings(config, pools))
         boards: dict[str, dict[str, Any]] = {}
-        with place_sampling(config, verifier_names(*pools.values()), folder) as (
-            engines,
-            verifiers,
-        ):
+        names = verifier_names(*pools.values())
+        with place_sampling(config, names, folder) as (engines, verifiers):
+            write_environment(folder, verifiers=verifiers.about())
             for name, pool in pools.items():
 
                 def requests(tasks: Sequence[str], name: str = name, pool: Any = pool) -> list[Any]:

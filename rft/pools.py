@@ -80,3 +80,15 @@ def told(config: Config, encoder: PromptEncoder, shapers: Sequence[Shaper]) -> i
 def verifier_names(*pools: TaskPool) -> list[str]:
     """The verifiers that tasks of these pools name."""
     return sorted({name for pool in pools for name in pool.verifier_names})
+
+
+def ignored_names(config: Config, names: Sequence[str]) -> str:
+    """A warning where tasks name a verifier that is not the one that will check them."""
+    checks = str(config.reward.verifier["_target_"]).rpartition(".")[2]
+    others = [name for name in names if name and checks.lower() not in name.lower()]
+    if not others or checks == "ByName":
+        return ""
+    return (
+        f"all tasks are checked by {checks}, also those that name {', '.join(others[:5])}; "
+        "reward=standard lets each task's verifier decide"
+    )

@@ -48,9 +48,10 @@ def collect(config: Config) -> Path:
     from rft.config.parts import build
     from rft.pools import verifier_names
     from rft.run import owned
-    from rft.samples import same_settings, sampled, tasks_a_part
+    from rft.sample_files import same_settings, sampled, tasks_a_part
     from rft.tasks.pool import load_pool
     from rft.tasks.prompts import PromptEncoder
+    from rft.tracking.environment import write_environment
 
     if config.prepare is not None:
         build(config.prepare)
@@ -59,10 +60,11 @@ def collect(config: Config) -> Path:
     print(pool.summary)
     folder = (Path(config.runs_dir) / config.name).resolve()
     made = provenance(config, pool)
-    tally = Tally(pool.ids)
+    tally = Tally(pool)
     with owned(folder):
         same_settings(folder, made)
         with place_sampling(config, verifier_names(pool), folder) as (engines, verifiers):
+            write_environment(folder, verifiers=verifiers.about())
 
             def requests(tasks: Sequence[str]) -> list[Request]:
                 return reference_requests(config, pool, tasks)
@@ -101,10 +103,11 @@ def reference_requests(config: Config, pool: TaskPool, tasks: Sequence[str]) -> 
 class Tally:
     """What is known of each task so far."""
 
-    def __init__(self, ids: Sequence[str]) -> None:
+    def __init__(self, pool: TaskPool) -> None:
         import numpy as np
 
-        self._ids = ids
+        ids = self._ids = pool.ids
+        self._content = pool.content
         self._place = {task: i for i, task in enumerate(ids)}
         self._reward = np.zeros(len(ids))
         self._count = {
@@ -139,6 +142,7 @@ class Tally:
         columns: dict[str, Any] = {
             "id": pa.array(list(self._ids), pa.string()),
             "rate": pa.array(rates, pa.float64(), from_pandas=True),  # NaN becomes null
+            "content": pa.array(self._content),
         }
         columns |= {name: pa.array(count) for name, count in self._count.items()}
         made = made | {"tokens": int(self._count["tokens"].sum())}

@@ -24,7 +24,7 @@ from rft.config.schema import Config
 from rft.config.validate import check_files
 from rft.errors import RftError
 from rft.loop import Progress, Run, Stop, train
-from rft.pools import run_pools, verifier_names
+from rft.pools import ignored_names, run_pools, verifier_names
 from rft.rewards.shaper import Shaper
 from rft.scheduler.journal import rewind_journal
 from rft.scheduler.parts import Setup
@@ -105,8 +105,8 @@ def _train(
         names = verifier_names(pool, *evaluation.values())
         with place(config, pool, names, folder, resume) as parts:
             about = parts.verifiers.about()
-            if about:
-                tracker.message(f"verifiers: {about}")
+            for line in filter(None, (about, ignored_names(config, names))):
+                tracker.message(line)
             write_environment(folder, verifiers=about)
             this = Run(
                 config,

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from rft.clock import Clock
 from rft.cluster.groups import Engines, Verifiers
 from rft.config.schema import Config
+from rft.errors import RftError
 from rft.records import Request, Rollout, Sampling, Score
 from rft.seeding import derive
 from rft.tasks.pool import TaskPool
@@ -34,6 +35,9 @@ def sample(
             found += [rollout for _, rollout in parcel]
     with clock("score"):
         scores = verifiers.collect()
+    asked = sum(len(request.seeds) for request in requests)
+    if len(found) != asked:
+        raise RftError(f"the engines made {len(found)} of {asked} rollouts; report this")
     order = sorted(range(len(places)), key=places.__getitem__)
     return [found[i] for i in order], [scores[i] for i in order]
 

@@ -9,11 +9,11 @@ import signal
 import sys
 from pathlib import Path
 
-import rft.samples
+import rft.sample_files
 
 number, module = int(sys.argv[1]), sys.argv[2]
 sys.argv = sys.argv[2:]
-write = rft.samples.write_atomic
+write = rft.sample_files.write_atomic
 
 
 def deadly(path: Path, payload: bytes) -> None:
@@ -22,5 +22,5 @@ def deadly(path: Path, payload: bytes) -> None:
     write(path, payload)
 
 
-rft.samples.write_atomic = deadly
+rft.sample_files.write_atomic = deadly
 runpy.run_module(module, run_name="__main__")

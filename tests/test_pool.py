@@ -751,6 +751,21 @@ def test_rates_that_cannot_be_are_refused(tmp_path, encoder, rates, message):
     assert_says(said, f"tasks.train.rates.weak={path}", message)
 
 
+def test_rates_that_were_measured_on_other_questions_are_refused(tmp_path, encoder):
+    ours = load(jsonl(tmp_path, GOOD, OTHER), encoder)
+    theirs = jsonl(tmp_path, GOOD | {"prompt": "another question"}, OTHER, name="theirs.jsonl")
+    path = str(tmp_path / "r.parquet")
+    for pool, refused in ((ours, False), (load(theirs, encoder), True)):
+        content = pa.array(pool.content)
+        pq.write_table(pa.table({"id": ours.ids[:], "rate": [0.5, 0.25], "content": content}), path)
+        if refused:
+            said = refusal(tmp_path / "pool.jsonl", encoder, rates={"weak": path})
+            assert_says(said, "measured on other questions: 1 of 2", repr(ours.ids[0]))
+        else:
+            joined = load(tmp_path / "pool.jsonl", encoder, rates={"weak": path})
+            assert joined.weak.tolist() == [0.5, 0.25]
+
+
 def test_files_that_hold_no_rates_are_refused(tmp_path, encoder):
     path = jsonl(tmp_path, GOOD)
     said = refusal(path, encoder, rates={"weak": str(tmp_path / "none")})
@@ -864,9 +879,7 @@ def test_thinking_is_told_to_templates_that_know_it(tmp_path, model):
     assert said(knows, USER) == "<user>1+1=>"
     assert said(knows, USER, thinking="enabled") == "<user>1+1=>True"
     assert said(knows, USER, thinking="disabled") == "<user>1+1=>False"
-    with pytest.raises(
-        RftError, match=r"thinking=disabled .* does not know enable_thinking"
-    ):
+    with pytest.raises(RftError, match=r"thinking=disabled .* does not know enable_thinking"):
         PromptEncoder(model, TasksConfig(thinking="disabled"))
     with pytest.raises(RftError, match=r"tasks\.thinking=enabled .* tasks\.chat=never"):
         PromptEncoder(knows, TasksConfig(thinking="enabled", chat="never"))

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from rft.samples import Sample
+from rft.sample_files import Sample
 from rft.scoreboard import Row, adaptive, final_answer, keep, majority, pass_at_k, scoreboard, table
 
 

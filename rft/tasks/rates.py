@@ -1,6 +1,8 @@
 """Pass rates that were measured by rft.reference_eval, put to a pool's tasks by their ids.
 
-The file is parquet, with columns `id` (text), `rate` (from 0 to 1, null is unknown) and `samples`.
+The file is parquet, with columns `id` (text) and `rate` (from 0 to 1, null is unknown). Where it
+has `content` too (the pool's hash of each question), that must agree: ids that are mere numbers
+would otherwise take rates from another dataset.
 """
 
 from __future__ import annotations
@@ -33,8 +35,10 @@ def join_rates(
         if reference not in REFERENCES:
             raise RftError(f"{key}.rates.{reference}: {nearest(reference, REFERENCES)}")
         what = f"{key}.rates.{reference}={path}"
-        ids, rates = _read(what, path)
+        ids, rates, content = _read(what, path)
         rows, places = _match(what, ids, pool)
+        if content is not None:
+            _same_content(what, content[rows], places, pool)
         known = ~np.isnan(rates[rows])
         column = np.array(getattr(pool, reference))
         column[places[known]] = rates[rows][known]
@@ -43,8 +47,10 @@ def join_rates(
     return joined, notes
 
 
-def _read(what: str, path: str) -> tuple[Any, npt.NDArray[np.float64]]:
-    """Ids [M] and rates [M], NaN where they are unknown."""
+def _read(
+    what: str, path: str
+) -> tuple[Any, npt.NDArray[np.float64], npt.NDArray[np.uint64] | None]:
+    """Ids [M], rates [M], NaN where they are unknown, and content [M], where the file has it."""
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -52,9 +58,12 @@ def _read(what: str, path: str) -> tuple[Any, npt.NDArray[np.float64]]:
     if not Path(path).is_file():
         raise RftError(f"{what} is not there; {mend}")
     try:
-        table = pq.read_table(path, columns=["id", "rate"]).combine_chunks()
+        table = pq.read_table(path).combine_chunks()
         ids = table["id"].cast(pa.large_string()).combine_chunks()
         column = table["rate"].cast(pa.float64()).combine_chunks()
+        content = None
+        if "content" in table.column_names:
+            content = np.asarray(table["content"].cast(pa.uint64()).combine_chunks())
     except (pa.ArrowException, OSError, KeyError) as error:
         raise RftError(f"{what} holds no columns id and rate ({error}); {mend}") from error
     rates = np.array(column.to_numpy(zero_copy_only=False), dtype=np.float64)
@@ -66,7 +75,23 @@ def _read(what: str, path: str) -> tuple[Any, npt.NDArray[np.float64]]:
             f"{what}: the rate of task {ids[row].as_py()!r} is {rates[row]}, not one from 0 to 1 "
             f"or null; {mend}"
         )
-    return ids, np.where(missing, np.nan, rates)
+    return ids, np.where(missing, np.nan, rates), content
+
+
+def _same_content(
+    what: str,
+    content: npt.NDArray[np.uint64],
+    places: npt.NDArray[np.int64],
+    pool: TaskPool,
+) -> None:
+    """Raise RftError if a rate was measured on another question than the pool has under its id."""
+    differs = content != pool.content[places]
+    if differs.any():
+        raise RftError(
+            f"{what} was measured on other questions: {int(differs.sum()):,} of {len(places):,} "
+            f"tasks differ, such as {pool.ids[int(places[differs][0])]!r}; measure this pool with "
+            "rft.reference_eval"
+        )
 
 
 def _match(

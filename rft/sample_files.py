@@ -27,7 +27,7 @@ from rft.records import Request, Rollout, Score
 from rft.sampling import sample
 from rft.state import write_atomic
 from rft.tasks.pool import TaskPool
-from rft.tracking.files import json_line, read_jsonl
+from rft.tracking.files import METRICS, json_line, read_jsonl
 
 MakeRequests = Callable[[Sequence[str]], list[Request]]
 
@@ -111,6 +111,8 @@ def _sample(rollout: Rollout, score: Score, seconds: float) -> Sample:
 
 def same_settings(folder: Path, settings: dict[str, Any]) -> None:
     """Write down what the samples of `folder` are of; RftError if they are of something else."""
+    if (folder / METRICS).exists():
+        raise RftError(f"{folder} holds a training run; choose another name for its samples")
     path = folder / "settings.yaml"
     if path.exists():
         then = yaml.safe_load(path.read_text("utf-8"))
