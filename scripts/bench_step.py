@@ -165,12 +165,13 @@ def ours(job: Job, turn: Turn) -> None:
     from hydra.core.config_store import ConfigStore
 
     from rft.checkpoint import Checkpoints
+    from rft.clock import Clock
     from rft.cluster.place import place
     from rft.config.compose import to_config
     from rft.config.parts import build
     from rft.config.schema import Config
     from rft.config.validate import validate
-    from rft.loop import Clock, Run, run_step, sync
+    from rft.loop import Run, run_step, sync
     from rft.run import probe_tokens
     from rft.tasks.pool import load_pool
     from rft.tasks.prompts import PromptEncoder
@@ -205,7 +206,7 @@ def ours(job: Job, turn: Turn) -> None:
     pool = load_pool(config.tasks.train, config.tasks, encoder, key="tasks.train")
     folder = Path(config.runs_dir) / config.name
     tracker = Tracker(config.tracking, folder, config.name, config.steps, asdict(config))
-    with place(config, pool, folder, None) as parts:
+    with place(config, pool, pool.verifier_names, folder, None) as parts:
         run = Run(
             config,
             pool,
@@ -215,6 +216,7 @@ def ours(job: Job, turn: Turn) -> None:
             parts.learner,
             parts.verifiers,
             build(config.advantage),
+            {},
             [build(transform) for transform in config.transforms],
             probe_tokens(pool),
             Checkpoints(folder / "checkpoints", config.checkpoint.keep),
