@@ -99,7 +99,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     from rft.pools import evaluation_pools, verifier_names
     from rft.run import owned
     from rft.sample_files import same_settings, sampled, tasks_a_part
-    from rft.sampling import evaluation_requests
+    from rft.sampling import sample_requests
     from rft.scoreboard import keep, scoreboard
     from rft.state import write_atomic
     from rft.tasks.prompts import PromptEncoder
@@ -117,7 +117,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
             for name, pool in pools.items():
 
                 def requests(tasks: Sequence[str], name: str = name, pool: Any = pool) -> list[Any]:
-                    return evaluation_requests(config, name, pool, tasks)
+                    return sample_requests(config, pool, tasks, "evaluate", name)
 
                 groups: dict[str, list[Any]] = {task: [] for task in pool.ids}
                 parts = sampled(

@@ -25,7 +25,7 @@ from rft.learner.advantages import Advantage
 from rft.learner.schedule import learning_rate
 from rft.records import Feedback, Group, Outcome
 from rft.rewards.shaper import Shaper, State
-from rft.sampling import evaluation_requests, sample
+from rft.sampling import sample, sample_requests
 from rft.shaping import shape
 from rft.tasks.pool import TaskPool
 from rft.tracking.tracker import Tracker
@@ -183,7 +183,7 @@ def evaluate(run: Run, clock: Clock) -> None:
     """Sample every held-out set at the current weights and write a line for each."""
     config, progress = run.config, run.progress
     for name, pool in run.evaluation.items():
-        requests = evaluation_requests(config, name, pool, list(pool.ids))
+        requests = sample_requests(config, pool, list(pool.ids), "evaluate", name)
         inner = Clock()  # an evaluation is one phase of the step, not three
         _, scores = sample(run.engines, run.verifiers, pool, requests, inner)
         rewards = np.array([s.reward for s in scores]).reshape(len(requests), -1)

@@ -49,6 +49,7 @@ def collect(config: Config) -> Path:
     from rft.pools import verifier_names
     from rft.run import owned
     from rft.sample_files import same_settings, sampled, tasks_a_part
+    from rft.sampling import sample_requests
     from rft.tasks.pool import load_pool
     from rft.tasks.prompts import PromptEncoder
     from rft.tracking.environment import write_environment
@@ -67,7 +68,7 @@ def collect(config: Config) -> Path:
             write_environment(folder, verifiers=verifiers.about())
 
             def requests(tasks: Sequence[str]) -> list[Request]:
-                return reference_requests(config, pool, tasks)
+                return sample_requests(config, pool, tasks, "reference")
 
             parts = sampled(
                 folder, "train", pool, requests, engines, verifiers, tasks_a_part(config), print
@@ -78,26 +79,6 @@ def collect(config: Config) -> Path:
         tally.write(folder / "rates.parquet", made | {"date": time.strftime("%Y-%m-%d")})
     print(tally.said())
     return Path(config.runs_dir) / config.name / "rates.parquet"
-
-
-def reference_requests(config: Config, pool: TaskPool, tasks: Sequence[str]) -> list[Request]:
-    """What is sampled of some tasks; a task's seeds are its own."""
-    from rft.records import Request, Sampling
-    from rft.seeding import derive
-
-    sampling = Sampling(config.evaluation.temperature, config.rollout.max_tokens)
-    return [
-        Request(
-            task,
-            pool.prompt_ids[pool.index(task)],
-            tuple(
-                derive(config.seed, "reference", task, j) for j in range(config.evaluation.samples)
-            ),
-            sampling,
-            tag="reference",
-        )
-        for task in tasks
-    ]
 
 
 class Tally:

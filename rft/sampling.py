@@ -42,10 +42,10 @@ def sample(
     return [found[i] for i in order], [scores[i] for i in order]
 
 
-def evaluation_requests(
-    config: Config, name: str, pool: TaskPool, tasks: Sequence[str]
+def sample_requests(
+    config: Config, pool: TaskPool, tasks: Sequence[str], *stream: str
 ) -> list[Request]:
-    """What is sampled of some tasks of the held-out set `name`.
+    """`evaluation.samples` completions of each of `tasks`, with seeds of this `stream`.
 
     Seeds depend neither on the step nor on which tasks are asked for together: two evaluations
     differ by their weights alone.
@@ -55,12 +55,9 @@ def evaluation_requests(
         Request(
             task,
             pool.prompt_ids[pool.index(task)],
-            tuple(
-                derive(config.seed, "evaluate", name, task, j)
-                for j in range(config.evaluation.samples)
-            ),
+            tuple(derive(config.seed, *stream, task, j) for j in range(config.evaluation.samples)),
             sampling,
-            tag="evaluation",
+            tag=stream[0],
         )
         for task in tasks
     ]

@@ -1,13 +1,18 @@
-"""Shared fixtures: a tiny model on disk, and no way to the hub."""
+"""Shared fixtures: tiny models on disk, a cache of our own, and no way to the hub."""
 
 from __future__ import annotations
 
+import atexit
 import os
+import shutil
+import tempfile
 from pathlib import Path
 
 import pytest
 
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
+os.environ["RFT_CACHE"] = tempfile.mkdtemp(prefix="rft-tests-")  # not the user's
+atexit.register(shutil.rmtree, os.environ["RFT_CACHE"], ignore_errors=True)
 
 CHARACTERS = "0123456789+-*=,;:>#abcdefghijklmnopqrstuvwxyz()"
 VOCABULARY = 64

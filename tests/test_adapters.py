@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -28,13 +27,6 @@ from rft.tasks.sources import patterns
 FOLDER = Path(__file__).parent.parent / "rft/configs/pool"
 PRESETS = sorted(path.stem for path in FOLDER.glob("*.yaml") if path.stem != "custom")
 TASKS = TasksConfig(max_prompt_tokens=4096)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
 
 
 @pytest.fixture(scope="module")

@@ -8,10 +8,9 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from running import ENV, check, train
+from running import check, train
 from test_adapters import composed
-from test_gsm8k import DATA as FOLDER
-from test_gsm8k import needs_data
+from test_gsm8k import DATA, needs_data
 
 from rft.config.schema import TasksConfig
 from rft.tasks.pool import TaskPool, load_pool
@@ -21,16 +20,10 @@ pytestmark = needs_data
 WAYS = ("finetuning", "verification")
 
 
-@pytest.fixture(autouse=True)
-def cache_folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setenv("RFT_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setitem(ENV, "RFT_CACHE", str(tmp_path / "cache"))
-
-
 def recorded(model: Path) -> TaskPool:
     config = composed("pool@tasks.train=gsm8k_recorded").tasks.train
     tasks = TasksConfig(chat="always", max_prompt_tokens=2048)
-    config = replace(config, source=str(FOLDER))
+    config = replace(config, source=str(DATA))
     return load_pool(config, tasks, PromptEncoder(str(model), tasks), key="tasks.train")
 
 
@@ -40,7 +33,7 @@ def test_recorded_answers_give_pass_rates_where_there_are_any(chat_model: Path) 
     known = ~np.isnan(pool.weak)
     assert known.sum() == 1319
     assert np.array_equal(known, ~np.isnan(pool.strong))
-    lines = (FOLDER / "example_model_solutions.jsonl").read_text("utf-8").splitlines()
+    lines = (DATA / "example_model_solutions.jsonl").read_text("utf-8").splitlines()
     rows = [json.loads(line) for line in lines]
     for name, rates in (("6b", pool.weak), ("175b", pool.strong)):
         right = [row[f"{name}_{way}"]["is_correct"] for row in rows for way in WAYS]
@@ -51,9 +44,9 @@ def test_recorded_answers_give_pass_rates_where_there_are_any(chat_model: Path) 
 
 @pytest.mark.parametrize("pool", ["gsm8k", "gsm8k_recorded"])
 def test_two_steps_on_the_real_data(pool: str, chat_model: Path, tmp_path: Path) -> None:
-    extra = [f"tasks.train.source={FOLDER}", "tasks.train.files=train.jsonl"]
+    extra = [f"tasks.train.source={DATA}", "tasks.train.files=train.jsonl"]
     if pool == "gsm8k_recorded":
-        extra = ["pool@tasks.train=gsm8k_recorded", f"tasks.train.source={FOLDER}"]
+        extra = ["pool@tasks.train=gsm8k_recorded", f"tasks.train.source={DATA}"]
         extra.append("tasks.overlap=allow")  # its tasks with pass rates are of the test set
     done = train(
         "+experiment=gsm8k_bots",
@@ -61,7 +54,7 @@ def test_two_steps_on_the_real_data(pool: str, chat_model: Path, tmp_path: Path)
         f"model.path={chat_model}",
         "model.dtype=float32",
         *extra,
-        f"tasks.evaluation.gsm8k_test.source={FOLDER}",
+        f"tasks.evaluation.gsm8k_test.source={DATA}",
         "tasks.evaluation.gsm8k_test.files=test.jsonl",
         "tasks.max_prompt_tokens=1500",
         "rollout.max_tokens=24",

@@ -1,10 +1,8 @@
-"""GSM8K in full, as released, where it is at hand (RFT_GSM8K, or shared/data/gsm8k beside us)."""
+"""GSM8K as a pool, in full, where it is at hand: see test_gsm8k."""
 
 from __future__ import annotations
 
-import os
 import re
-from collections.abc import Iterator
 from pathlib import Path
 
 import numpy as np
@@ -13,24 +11,13 @@ import pyarrow.parquet as pq
 import pytest
 from pools_for_tests import save_model
 from test_adapters import read
+from test_gsm8k import DATA, needs_data
 
 from rft.config.schema import TasksConfig
 from rft.tasks.overlap import check_overlap
 from rft.tasks.prompts import PromptEncoder
 
-BESIDE = Path(__file__).parent.parent.parent / "shared/data/gsm8k"
-FOLDER = Path(os.environ.get("RFT_GSM8K") or BESIDE)
-pytestmark = pytest.mark.skipif(
-    not (FOLDER / "train.jsonl").is_file(),
-    reason=f"no GSM8K at {FOLDER}; set RFT_GSM8K to a folder with its train.jsonl and test.jsonl",
-)
-
-
-@pytest.fixture(scope="module", autouse=True)
-def cache_folder(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None]:
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("RFT_CACHE", str(tmp_path_factory.mktemp("cache")))
-        yield
+pytestmark = needs_data
 
 
 @pytest.fixture(scope="module")
@@ -39,8 +26,8 @@ def encoder(tmp_path_factory: pytest.TempPathFactory) -> PromptEncoder:
 
 
 def test_gsm8k_is_read_in_full(encoder: PromptEncoder) -> None:
-    train = read("gsm8k", FOLDER, encoder, files="train.jsonl")
-    test = read("gsm8k_test", FOLDER / "test.jsonl", encoder)
+    train = read("gsm8k", DATA, encoder, files="train.jsonl")
+    test = read("gsm8k_test", DATA / "test.jsonl", encoder)
     assert (len(train), len(test)) == (7473, 1319)
     for pool in (train, test):
         assert len(set(pool.ids)) == len(pool)
@@ -48,11 +35,11 @@ def test_gsm8k_is_read_in_full(encoder: PromptEncoder) -> None:
         assert {task.verifier for task in pool} == {"gsm8k"}
     assert test[0].answer == "18"
     assert check_overlap(train, {"test": test}, "error") == (train, None)
-    assert "from the cache" in read("gsm8k", FOLDER, encoder, files="train.jsonl").summary
+    assert "from the cache" in read("gsm8k", DATA, encoder, files="train.jsonl").summary
 
 
 def test_measured_rates_join_gsm8k(tmp_path: Path, encoder: PromptEncoder) -> None:
-    plain = read("gsm8k", FOLDER, encoder, files="train.jsonl")
+    plain = read("gsm8k", DATA, encoder, files="train.jsonl")
     rates = np.random.default_rng(0).integers(0, 9, len(plain)) / 8
     order = np.random.default_rng(1).permutation(len(plain))[:7000]
     table = pa.table(
@@ -64,7 +51,7 @@ def test_measured_rates_join_gsm8k(tmp_path: Path, encoder: PromptEncoder) -> No
     )
     path = str(tmp_path / "weak.parquet")
     pq.write_table(table.replace_schema_metadata({"rft": "{}"}), path)
-    pool = read("gsm8k", FOLDER, encoder, files="train.jsonl", rates={"weak": path})
+    pool = read("gsm8k", DATA, encoder, files="train.jsonl", rates={"weak": path})
     assert np.array_equal(pool.weak[order], rates[order])
     assert int(np.isnan(pool.weak).sum()) == len(plain) - 7000
     assert f"weak of 7,000 tasks from {path}" in pool.summary
