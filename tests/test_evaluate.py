@@ -113,11 +113,14 @@ def test_reference_rates_are_the_same_column_however_often_interrupted_and_reach
     assert made["tokens"] == sum(whole["tokens"].to_pylist())
     assert made["date"]
 
+    check(run(*command("sharded"), "cluster=ray", "rollout.engines=2"))
+    assert whole.equals(pq.read_table(tmp_path / "sharded" / "rates.parquet"))
+
     rates = tmp_path / "whole" / "rates.parquet"
     more = ["steps=1", f"+tasks.train.rates.weak={rates}"]
-    check(train(*overrides(tiny_model, tmp_path, "used", *more)))
-    pool = [json.loads(line) for line in (tmp_path / "pool.jsonl").read_text().splitlines()]
-    assert pool[0]["weak"] is None  # unknown in the pool, known from the file
+    used = train(*overrides(tiny_model, tmp_path, "used", *more))
+    check(used)
+    assert f"weak of 17 tasks from {rates}" in used.stdout
 
 
 def test_a_task_whose_every_check_failed_has_no_rate(tiny_model: Path, tmp_path: Path) -> None:

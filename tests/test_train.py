@@ -179,8 +179,9 @@ def test_the_schedulers_process_needs_numpy_at_most() -> None:
 
 
 @pytest.mark.usefixtures("spotless")
-@pytest.mark.parametrize("cluster", ["inline", "ray"])
-@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize(
+    ("cluster", "number"), [("inline", signal.SIGINT), ("ray", signal.SIGTERM)], ids=str
+)
 def test_a_signal_ends_with_a_checkpoint_and_nothing_left(
     number: signal.Signals, cluster: str, inline: Path, tiny_model: Path, tmp_path: Path
 ) -> None:
