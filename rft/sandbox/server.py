@@ -118,8 +118,8 @@ def _popen(tier: Tier, control: int, errors: int) -> subprocess.Popen[bytes]:
 
 def _command(tier: Tier, control: int, opened: contextlib.ExitStack) -> tuple[list[str], list[int]]:
     if tier == "unsafe":
-        return view.zygote(control, "unsafe", _PACKAGE), []
-    inner = view.zygote(control, "isolated", view.PACKAGE)
+        return view.zygote(control, "unsafe"), []
+    inner = view.zygote(control, "isolated")
     if tier == "bwrap":
         return _bwrap(inner, opened)
     plan = {"view": view.as_json(view.here()), "command": inner, "environment": _ENVIRONMENT}

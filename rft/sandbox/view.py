@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 PACKAGE = "/run/rft/sandbox"  # where this package appears inside
+PACKAGES = "/run/rft/packages"  # and those of the running environment, which may lie anywhere
 # Not zero: memory mapped from it is shared, and outlives its mapping (see `seccomp.py`).
 DEVICES = ("null", "full", "urandom", "random")
 _SYSTEM = ("/usr", "/lib", "/lib32", "/lib64", "/libx32", "/bin", "/sbin")
@@ -32,9 +33,11 @@ class View:
 
 def here() -> View:
     """The view of this machine through this interpreter. Packages of the running environment
-    (numpy, where it is installed) are in it. The rest of the home folder and of the working folder
-    is not, even where the interpreter lies in it, or it in /usr."""
+    (numpy, where it is installed) are in it, at a place of their own: the environment may lie in
+    /tmp, which is private inside. The rest of the home folder and of the working folder is not in
+    it, even where the interpreter lies there, or they in /usr."""
     wanted = {PACKAGE: str(Path(__file__).resolve().parent)}
+    wanted |= {f"{PACKAGES}/{i}": os.path.realpath(p) for i, p in enumerate(packages())}
     links = [("/tmp", "/dev/shm"), ("/proc/self/fd", "/dev/fd")]
     for number, name in enumerate(("stdin", "stdout", "stderr")):
         links.append((f"/proc/self/fd/{number}", f"/dev/{name}"))
@@ -43,7 +46,7 @@ def here() -> View:
             links.append((os.readlink(path), path))
         elif os.path.exists(path):
             wanted[path] = os.path.realpath(path)
-    for path in [sys.base_prefix, os.path.realpath(sys.base_prefix), *packages()]:
+    for path in [sys.base_prefix, os.path.realpath(sys.base_prefix)]:
         wanted[path] = os.path.realpath(path)
     for path in (os.path.expanduser("~"), os.getcwd()):
         wanted.setdefault(os.path.realpath(path), "")
@@ -75,14 +78,17 @@ def interpreter() -> str:
     return os.path.realpath(sys._base_executable)  # type: ignore[attr-defined]
 
 
-def zygote(descriptor: int, mode: str, package: str) -> list[str]:
-    """The command of the warm server; `package` is the folder rft/sandbox as the server sees it."""
+def zygote(descriptor: int, mode: str) -> list[str]:
+    """The command of the warm server, which sees this view unless `mode` is "unsafe"."""
+    seen = mode != "unsafe"
+    package = PACKAGE if seen else str(Path(__file__).resolve().parent)
+    paths = [f"{PACKAGES}/{i}" if seen else path for i, path in enumerate(packages())]
     root = os.path.dirname(os.path.dirname(package))
     start = f"import sys; sys.path.insert(0, {root!r}); from rft.sandbox.zygote import main; main()"
     # -S and -s: no .pth files and no user's packages, which may run anything at every start.
     return [
         *(interpreter(), "-s", "-S", "-P", "-X", "utf8", "-c", start),
-        *(str(descriptor), mode, *packages()),
+        *(str(descriptor), mode, *paths),
     ]
 
 
