@@ -96,8 +96,7 @@ def test_reference_rates_are_the_same_column_however_often_interrupted_and_reach
         return ["rft.reference_eval", *overrides(tiny_model, tmp_path, name, *more)]
 
     check(run(*command("whole")))
-    for part in (1, 2):
-        assert run(*command("resumed"), kill_at_part=part).returncode == -9
+    assert run(*command("resumed"), kill_at_part=1).returncode == -9
     check(run(*command("resumed")))
     whole, resumed = (
         pq.read_table(tmp_path / name / "rates.parquet") for name in ("whole", "resumed")

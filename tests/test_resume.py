@@ -8,7 +8,7 @@ from kill_at import POINTS
 from running import assert_same_run, check, overrides, train
 
 STEPS = (1, 2, 3, 3, 3, 4, 4, 4, 5, 6, 6, 8)  # when each point strikes; 4 and 8 evaluate
-SHARED = ("generate", "learned", "publish", "checkpoint_filling", "checkpoint_sealing")
+SHARED = ("generate", "learned", "checkpoint_sealing")
 """Points at which ranks in processes of their own hold part of the state."""
 RANKS = {1: ["cluster=inline"], 2: ["cluster=ray", "learner.workers=2", "learner.zero_stage=2"]}
 

@@ -103,7 +103,8 @@ def test_vllm_agrees_with_the_learner_at_any_temperature(tiny_model: Path, tmp_p
     assert all(row["staleness/max"] == 0 for row in rows)
     # A checkpoint's policy is a model that vLLM and transformers load as it is.
     policy = f"model.path={tmp_path}/vllm/checkpoints/step_8/policy"
-    check(train(*overrides(tiny_model, tmp_path, "further", *run, policy, "steps=1")))
+    extra = [*run, policy, "steps=1", "cluster=inline"]
+    check(train(*overrides(tiny_model, tmp_path, "further", *extra)))
     assert metrics(tmp_path / "further")[0]["mismatch/max_abs"] < 1e-4
 
 
