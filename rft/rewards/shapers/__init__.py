@@ -28,3 +28,14 @@ def require(good: bool, key: str, value: object, mend: str) -> None:
     """Raise `RftError` on a key of a shaper unless its value is `good`."""
     if not good:
         raise RftError(f"reward.shapers: {key}={value!r} cannot work; {mend}")
+
+
+def require_weights(**weights: float) -> None:
+    """Raise `RftError` on a weight below 0."""
+    for key, weight in weights.items():
+        require(weight >= 0, key, weight, "a weight must be at least 0")
+
+
+def require_place(sentence: str, place: str) -> None:
+    """Raise `RftError` on a sentence that does not say what is to be announced."""
+    require(place in sentence, "sentence", sentence, f"it must have {place} in it")

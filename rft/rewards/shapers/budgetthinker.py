@@ -10,7 +10,7 @@ import numpy as np
 
 from rft.records import Announcement, Group
 from rft.rewards.shaper import Rewards, Shaper, ShaperSetup
-from rft.rewards.shapers import lengths, require
+from rft.rewards.shapers import lengths, require, require_place, require_weights
 from rft.rewards.shapers.format import formatted, known
 from rft.seeding import derive
 
@@ -52,10 +52,8 @@ class BudgetThinker(Shaper):
     ) -> None:
         super().__init__(setup)
         _check(curriculum)
-        weights = {"correctness": correctness, "length": length, "format": format}
-        for key, weight in weights.items():
-            require(weight >= 0, key, weight, "a weight must be at least 0")
-        require("{budget}" in sentence, "sentence", sentence, "it must have {budget} in it")
+        require_weights(correctness=correctness, length=length, format=format)
+        require_place(sentence, "{budget}")
         known("form", form)
         self._stages = [(int(stage["start"]), tuple(stage["budgets"])) for stage in curriculum]
         self._correctness, self._format, self._length = correctness, format, length

@@ -8,7 +8,7 @@ import numpy as np
 
 from rft.records import Announcement, Group
 from rft.rewards.shaper import NOTHING, Rewards, Shaper, ShaperSetup
-from rft.rewards.shapers import lengths, require
+from rft.rewards.shapers import lengths, require, require_place
 from rft.seeding import derive
 
 
@@ -41,7 +41,7 @@ class E1(Shaper):
         within = all(effort is None or 0 < effort <= 1 for effort in efforts)
         mend = "list fractions in (0, 1], or null for none"
         require(bool(efforts) and within, "efforts", efforts, mend)
-        require("{effort}" in sentence, "sentence", sentence, "it must have {effort} in it")
+        require_place(sentence, "{effort}")
         self._efforts, self._sentence = tuple(efforts), sentence
 
     def announcements(self, step: int) -> Sequence[Announcement]:

@@ -9,7 +9,7 @@ import numpy as np
 from rft.learner.advantages import GroupAdvantage
 from rft.records import Announcement, Group
 from rft.rewards.shaper import Rewards, Shaper, ShaperSetup
-from rft.rewards.shapers import lengths, require
+from rft.rewards.shapers import lengths, require, require_place
 
 SCALE = 4.0
 
@@ -56,7 +56,7 @@ class HBPO(Shaper):
         mend = f"list numbers from 1 to rollout.max_tokens={setup.max_tokens}"
         within = all(1 <= budget <= setup.max_tokens for budget in budgets)
         require(bool(budgets) and within, "budgets", budgets, mend)
-        require("{budget}" in sentence, "sentence", sentence, "it must have {budget} in it")
+        require_place(sentence, "{budget}")
         self._budgets, self._sentence = tuple(budgets), sentence
         self.gives_advantages = advantages
         self._standardise = GroupAdvantage()

@@ -9,7 +9,7 @@ import numpy as np
 
 from rft.records import Announcement, Group
 from rft.rewards.shaper import Rewards, Shaper, ShaperSetup
-from rft.rewards.shapers import lengths, require
+from rft.rewards.shapers import lengths, require, require_place, require_weights
 from rft.rewards.shapers.format import formatted, known
 
 
@@ -49,10 +49,8 @@ class TrainLongThinkShort(Shaper):
         require(budget >= 1, "budget", budget, "it must be at least 1 token")
         require(0 < decay <= 1, "decay", decay, "it must lie in (0, 1]")
         require(every >= 1, "every", every, "it must be at least 1 step")
-        weights = {"correctness": correctness, "length": length, "format": format}
-        for key, weight in weights.items():
-            require(weight >= 0, key, weight, "a weight must be at least 0")
-        require("{budget}" in sentence, "sentence", sentence, "it must have {budget} in it")
+        require_weights(correctness=correctness, length=length, format=format)
+        require_place(sentence, "{budget}")
         known("form", form)
         self._budget, self._decay, self._every, self._kind = budget, decay, every, kind
         self._correctness, self._length, self._format = correctness, length, format
