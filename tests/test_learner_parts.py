@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -271,6 +272,17 @@ def test_dropped_groups_leave_the_denominators() -> None:
     assert [g.task for g in kept] == ["a"]
     ((_, totals),) = make_updates(config(), GroupAdvantage(), kept, all_rollouts=False)
     assert totals.sequences == 2
+
+
+def test_what_shapers_made_of_the_rewards_is_learnt_from() -> None:
+    shaped = np.array([1.0, 0.5, 0.0])
+    all_right = replace(group("a", [1.0, 1.0, 1.0]), shaped=shaped)
+    levelled = replace(group("b", [1.0, 0.0, 1.0]), shaped=np.array([0.5, 0.5, 0.5 + 1e-12]))
+    kept = DropZeroVariance()([all_right, levelled])
+    assert [g.task for g in kept] == ["a"]
+    ((sequences, _),) = make_updates(config(), GroupAdvantage(), kept, all_rollouts=True)
+    assert [s.advantage for s in sequences] == GroupAdvantage()(shaped).tolist()
+    assert all_right.rewards.tolist() == [1.0, 1.0, 1.0]
 
 
 def test_the_temperature_rises_as_entropy_falls() -> None:

@@ -11,7 +11,9 @@ from running import check, lines, overrides, train
 
 from rft.config.schema import Config
 from rft.errors import RftError
+from rft.pools import training_pool
 from rft.shaping import announcement, make_shapers
+from rft.tasks.prompts import PromptEncoder
 
 LENGTH = ["+shaper@reward.shapers.length=a_dlp", "reward.shapers.length.penalty=0.01"]
 BUDGET = [
@@ -77,3 +79,22 @@ def test_what_gives_advantages_is_last_and_finds_a_taker() -> None:
             make_shapers(wrong)
     with pytest.raises(RftError, match=r"none of reward\.shapers does"):
         make_shapers(config(ALP, advantage="GivenAdvantage"))
+
+
+def test_prompts_leave_room_for_what_is_announced(tiny_model: Path, tmp_path: Path) -> None:
+    made = config(E1 | {"sentence": "{effort}"})
+    path = tmp_path / "pool.jsonl"
+    prompts = ["a" * n for n in (5, 18)]
+    path.write_text("".join(json.dumps({"prompt": p, "answer": p}) + "\n" for p in prompts))
+    made.tasks.train.source = str(path)
+    made.tasks.max_prompt_tokens = most = 20
+    made.tasks_per_step = made.steps = 1
+    encoder = PromptEncoder(str(tiny_model), made.tasks)
+    (shaper,) = make_shapers(made).values()
+    said: list[str] = []
+    assert len(training_pool(made, encoder, [], said.append)) == 2
+    pool = training_pool(made, encoder, [shaper], said.append)
+    assert [task.prompt for task in pool] == prompts[:1]
+    told = [len(pool.encode(0, shaper.announce(1, pool.ids[0], i))) for i in range(20)]
+    assert max(told) > len(pool.prompt_ids[0])
+    assert max(told) <= most
