@@ -128,14 +128,11 @@ def _import(part: Any) -> str | None:
 
 
 def _end(pid: int, workers: set[int]) -> int:
-    """Kill a worker, its process group and every orphan; the worker's exit status."""
+    """Kill a worker and every orphan, which its children then are; the worker's exit status."""
     if pid not in workers:  # it came from a nursery before this one, and went with it
         return -signal.SIGKILL
     workers.discard(pid)
-    with contextlib.suppress(ProcessLookupError, PermissionError):
-        os.killpg(pid, signal.SIGKILL)
-    with contextlib.suppress(ProcessLookupError):  # before it had a group of its own
-        os.kill(pid, signal.SIGKILL)
+    os.kill(pid, signal.SIGKILL)  # ours until it is waited for, dead or not
     _, status = os.waitpid(pid, 0)
     while True:  # an orphan's children come here once it is dead
         orphans = _children() - workers
@@ -199,7 +196,7 @@ def _prepare(verifier: Any, names: list[str]) -> dict[str, str | None]:
 
 
 def _isolate(memory_gib: float) -> None:
-    os.setsid()  # a group of its own, that can be killed as one
+    os.setsid()  # a verifier that signals its group meets nobody else
     with_parent()
     quiet = os.open(os.devnull, os.O_RDWR)  # a verifier that prints without end fills no log
     for descriptor in (0, 1, 2):
