@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
+from dataclasses import replace
 from itertools import groupby
-from typing import Protocol
 
 import numpy as np
 
@@ -19,37 +19,21 @@ from rft.shaping import announcement
 from rft.tasks.pool import TaskPool
 
 
-class Transform(Protocol):
-    """Decides which groups are trained on; applied after scoring and observing."""
-
-    def __call__(self, groups: list[Group]) -> list[Group]:
-        """The groups to train on; none is a logged skip of the optimizer step."""
-        ...
-
-
-class DropZeroVariance:
-    """Drop groups whose rewards, as shaped, are all equal: they leave the loss's denominators too.
-
-    Without it they cost no compute either (their advantage is 0), but they count in the totals.
-    """
-
-    def __call__(self, groups: list[Group]) -> list[Group]:
-        # Shaped rewards may differ by rounding alone.
-        return [group for group in groups if np.ptp(group.signal) > 1e-9]
-
-
 def make_requests(
     config: Config,
     pool: TaskPool,
     plan: Plan,
     groups: Sequence[Group],
     shapers: dict[str, Shaper] | None = None,
+    temperature: float | None = None,
 ) -> list[Request]:
     """What the plan means for the engines; a task planned again continues its group's numbers.
 
     Rollouts of a task that are told something different by the shapers are requests of their own.
     """
-    sampling = Sampling(config.rollout.temperature, config.rollout.max_tokens)
+    if temperature is None:
+        temperature = config.rollout.temperature
+    sampling = Sampling(temperature, config.rollout.max_tokens)
     have = {group.task: len(group.rollouts) for group in groups}
     requests = []
     for task, n in plan.requests:
@@ -86,30 +70,53 @@ def join_groups(groups: Sequence[Group], more: Sequence[Group]) -> list[Group]:
     return list(joined.values())
 
 
-def make_updates(
-    config: Config, advantage: Advantage, groups: Sequence[Group], *, all_rollouts: bool
-) -> list[tuple[list[TrainSequence], Totals]]:
-    """Sequences and denominators of each optimizer step on these groups.
+def with_advantages(advantage: Advantage, groups: Sequence[Group]) -> list[Group]:
+    """The groups with their advantages, which look at the whole batch."""
+    found = advantage(groups)
+    return [replace(g, advantage=a) for g, a in zip(groups, found, strict=True)]
 
-    Unless `all_rollouts` (the objective has a KL term), a rollout whose advantage is 0 cannot move
-    the policy. It is left out of the computation, but counts in the totals, so the gradient is as
-    if it had been computed.
+
+def make_updates(
+    config: Config, groups: Sequence[Group], version: int, *, every_rollout: bool
+) -> list[tuple[list[TrainSequence], Totals]]:
+    """Sequences and denominators of each optimizer step on these groups, which have advantages.
+
+    Unless `every_rollout` (the objective has a KL term, say), a rollout whose advantage is 0 cannot
+    move the policy. It is left out of the computation, but counts in the totals, so the gradient is
+    as if it had been computed. `version` is that of the weights that learn.
     """
     count = min(config.learner.updates, len(groups))
     updates = []
     for part in range(count):
         sequences: list[TrainSequence] = []
-        tokens = rows = 0
+        tokens = rows = trained_rows = 0
         for group in groups[part::count]:
-            rows += len(group.rollouts)
-            tokens += sum(len(rollout.response_ids) for rollout in group.rollouts)
-            pairs = zip(group.rollouts, advantage(group.signal), strict=True)
-            sequences += [_sequence(r, float(a)) for r, a in pairs if a != 0.0 or all_rollouts]
+            assert group.advantage is not None
+            kept = ~np.isnan(group.signal)  # NaN is an abstention
+            if group.kept is not None:
+                kept &= group.kept
+            for rollout, a, keep in zip(group.rollouts, group.advantage, kept, strict=True):
+                if not keep:
+                    continue
+                sequence = _sequence(rollout, float(a), version)
+                tokens += sequence.trained_tokens
+                rows += 1
+                trained_rows += sequence.trained_tokens > 0
+                if sequence.trained_tokens and (a != 0.0 or every_rollout):
+                    sequences.append(sequence)
         if sequences:
-            updates.append((sequences, Totals(tokens, rows, config.rollout.max_tokens)))
+            totals = Totals(tokens, trained_rows, rows, config.rollout.max_tokens)
+            updates.append((sequences, totals))
     return updates
 
 
-def _sequence(rollout: Rollout, advantage: float) -> TrainSequence:
-    tokens = np.array([*rollout.prompt_ids, *rollout.response_ids], dtype=np.int32)
-    return TrainSequence(tokens, len(rollout.response_ids), advantage, rollout.behaviour_logp)
+def _sequence(rollout: Rollout, advantage: float, version: int) -> TrainSequence:
+    return TrainSequence(
+        rollout.task,
+        np.array([*rollout.prompt_ids, *rollout.response_ids], dtype=np.int32),
+        len(rollout.response_ids),
+        advantage,
+        rollout.behaviour_logp,
+        (version - rollout.version).astype(np.int32),
+        None if rollout.forced is None else ~rollout.forced,
+    )

@@ -16,25 +16,40 @@ import numpy as np
 import numpy.typing as npt
 
 from rft import measures
-from rft.batch import Transform, group_by_task, join_groups, make_requests, make_updates
+from rft.batch import (
+    group_by_task,
+    join_groups,
+    make_requests,
+    make_updates,
+    with_advantages,
+)
 from rft.checkpoint import Checkpoints
 from rft.clock import Clock
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers, prove
 from rft.config.schema import Config
+from rft.controls import Controls
+from rft.errors import RftError
 from rft.learner.advantages import Advantage
-from rft.learner.schedule import learning_rate
 from rft.records import Feedback, Group, Outcome
 from rft.rewards.shaper import Shaper, State
 from rft.sampling import sample, sample_requests
 from rft.shaping import shape
+from rft.state import save_state
 from rft.tasks.pool import TaskPool
 from rft.tracking.tracker import Tracker
+from rft.transforms.transform import Transform
+
+TRANSFORMS = "transforms.safetensors"
+"""In a checkpoint: what the transforms remember."""
+SKIPS = 3
+"""Training steps in a row with a gradient that is not finite, before the run stops."""
 
 
 @dataclass
 class Progress:
     """Where a run is: `state.json` of a checkpoint. `evaluated` is the accuracy at `step` on the
-    first evaluation set; `best_step` has the highest of the checkpoints."""
+    first evaluation set; `best_step` has the highest of the checkpoints. `skipped` counts the
+    optimizer steps in a row whose gradient was not finite."""
 
     step: int = 0
     version: int = 0
@@ -44,6 +59,8 @@ class Progress:
     best_accuracy: float = -1.0
     best_step: int | None = None
     shapers: dict[str, State] = field(default_factory=dict)
+    controls: dict[str, dict[str, float | None]] = field(default_factory=dict)
+    skipped: int = 0
 
 
 class Stop:
@@ -82,11 +99,14 @@ class Run:
     verifiers: Verifiers
     advantage: Advantage
     shapers: dict[str, Shaper]
-    transforms: list[Transform]
+    transforms: dict[str, Transform]
+    controls: Controls
     probe: npt.NDArray[np.int32]
     checkpoints: Checkpoints
     tracker: Tracker
     colocated: bool
+    peak_flops: float | None
+    """Of one GPU, where it is known: what MFU is measured against."""
     progress: Progress = field(default_factory=Progress)
     stop: Stop = field(default_factory=Stop)
 
@@ -119,6 +139,7 @@ def train(run: Run) -> None:
 def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
     """One step of the design; returns its metrics, times aside."""
     config, progress = run.config, run.progress
+    knobs = run.controls.at(step)
     groups: list[Group] = []
     outcomes: list[Outcome] = []
     round = 0
@@ -127,7 +148,7 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
             plan = run.scheduler.plan(step, round, outcomes)
         if not plan.requests:
             break
-        requests = make_requests(config, run.pool, plan, groups, run.shapers)
+        requests = make_requests(config, run.pool, plan, groups, run.shapers, knobs.temperature)
         scored = group_by_task(*sample(run.engines, run.verifiers, run.pool, requests, clock))
         groups = join_groups(groups, scored)
         outcomes += [Outcome(g.task, tuple(g.rewards.tolist()), round) for g in scored]
@@ -141,20 +162,22 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
     metrics |= measures.of_rollouts(groups, progress.version)
 
     with clock("learn"):
-        groups = trained = shape(run.shapers, step, groups)
+        groups = shape(run.shapers, step, groups)
         metrics |= measures.of_shaping(groups)
-        for transform in run.transforms:
-            trained = transform(trained)
+        trained = with_advantages(run.advantage, groups)
+        for transform in run.transforms.values():
+            trained = transform(step, knobs.progress, trained)
         updates = make_updates(
-            config, run.advantage, trained, all_rollouts=run.learner.needs_reference
+            config, trained, progress.version, every_rollout=run.learner.facts.every_rollout
         )
         if updates:
             if run.colocated:
                 run.engines.sleep()
-            lr = learning_rate(step, config.learner, config.steps)
-            sums = run.learner.learn(updates, lr)
+            learned = run.learner.learn(updates, knobs)
             progress.version += len(updates)
-            metrics |= measures.of_updates(sums, updates, lr)
+            metrics |= measures.of_updates(learned, updates, knobs)
+            metrics |= measures.of_speed(learned, config.learner.workers, run.peak_flops)
+            _count_skipped(run, step, metrics)
             if run.colocated:
                 run.engines.wake()
         else:
@@ -166,11 +189,29 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
         for shaper in run.shapers.values():
             shaper.observe(step, groups)
         progress.shapers = {name: shaper.state() for name, shaper in run.shapers.items()}
+        run.controls.observe(step, metrics)
+        progress.controls = run.controls.state()
         for line in measures.faults(groups):
             run.tracker.message(f"step {step}: {line}")
         rows = [row for group in groups for row in measures.rollout_rows(group, run.pool)]
         run.tracker.rollouts(step, rows)
     return metrics | {"tokens/so_far": progress.tokens, "version": progress.version}
+
+
+def _count_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
+    """One gradient that overflows is skipped and said; three steps of them are no accident."""
+    progress = run.progress
+    progress.skipped = progress.skipped + 1 if metrics["policy/skipped"] else 0
+    if progress.skipped:
+        run.tracker.message(
+            f"step {step}: a gradient was not finite; its optimizer step was skipped, weights and "
+            "optimizer are as they were"
+        )
+    if progress.skipped >= SKIPS:
+        raise RftError(
+            f"steps {step - SKIPS + 1} to {step}: no gradient was finite; lower learner.lr, or "
+            "set model.dtype=float32. The last checkpoint is good"
+        )
 
 
 def sync(run: Run) -> float:
@@ -213,6 +254,8 @@ def checkpoint(run: Run) -> None:
         run.learner.save(folder)
         (folder / "scheduler").mkdir()
         shutil.copy(run.scheduler.snapshot(), folder / "scheduler")
+        transforms = {name: transform.state() for name, transform in run.transforms.items()}
+        save_state(folder / TRANSFORMS, transforms)
 
     run.checkpoints.write(progress.step, fill, asdict(progress))
     run.checkpoints.prune(progress.best_step)

@@ -8,7 +8,9 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rft.records import Group, Totals
+from rft.learner.flops import mfu
+from rft.learner.messages import Learned
+from rft.records import Group, Knobs, Totals
 from rft.records import Sequence as TrainSequence
 from rft.tasks.pool import TaskPool
 
@@ -37,7 +39,7 @@ def of_rollouts(groups: Sequence[Group], version: int) -> dict[str, float]:
 def of_shaping(groups: Sequence[Group]) -> dict[str, float]:
     """What shaping made of the rewards, where there is any."""
     shaped = [group.shaped for group in groups if group.shaped is not None]
-    return {"reward/shaped": float(np.concatenate(shaped).mean())} if shaped else {}
+    return {"reward/shaped": float(np.nanmean(np.concatenate(shaped)))} if shaped else {}
 
 
 def faults(groups: Sequence[Group]) -> list[str]:
@@ -52,31 +54,57 @@ def faults(groups: Sequence[Group]) -> list[str]:
 
 
 def of_updates(
-    sums: Sequence[dict[str, float]],
-    updates: Sequence[tuple[list[TrainSequence], Totals]],
-    lr: float,
+    learned: Learned, updates: Sequence[tuple[list[TrainSequence], Totals]], knobs: Knobs
 ) -> dict[str, float]:
     """Policy metrics of a step from its updates' sums. Means are over the tokens computed;
-    `mismatch/*` compares the learner's log-probs with the engines' on the same tokens."""
-    tokens = sum(s.response for sequences, _ in updates for s in sequences)
-    computed = sum(len(s.tokens) for sequences, _ in updates for s in sequences)
+    `mismatch/*` compares the learner's log-probs with the engines' on the same tokens, and
+    `correction/*` is what a rollout correction made of that: `effective` is the effective sample
+    size of its weights as a share of the tokens, (sum w)² / (n sum w²)."""
+    sums = [result.sums for result in learned.results]
+    names = dict.fromkeys(name for s in sums for name in s)
+    tokens = sum(s.trained_tokens for sequences, _ in updates for s in sequences)
+    total = {name: sum(s.get(name, 0.0) for s in sums) for name in names}
 
-    def mean(name: str) -> float:
-        return sum(s[name] for s in sums) / tokens
-
+    every = [result.same for result in learned.results]
+    same = {name: float(np.mean([one[name] for one in every])) for name in every[0]}
     metrics = {
-        "policy/loss": float(np.mean([s["loss"] for s in sums])),
-        "policy/entropy": mean("entropy"),
-        "policy/clip_fraction": mean("clip_fraction"),
-        "policy/grad_norm": float(np.mean([s["grad_norm"] for s in sums])),
-        "policy/lr": lr,
-        "mismatch/kl": mean("mismatch_kl"),
+        "policy/loss": total["loss"] / len(sums),
+        "policy/entropy": total["entropy"] / tokens,
+        "policy/clip_fraction": total["clip_fraction"] / tokens,
+        **{f"policy/{name}": value for name, value in same.items()},
+        "policy/lr": knobs.lr,
+        "mismatch/kl": total["mismatch_kl"] / tokens,
         "mismatch/max_abs": float(np.max([s["mismatch_max"] for s in sums])),
         "tokens/trained": tokens,
-        "tokens/padding": 1.0 - computed / sum(s["padded_tokens"] for s in sums),
+        "tokens/padding": 1.0 - learned.useful / learned.padded,
+        "rollout/temperature": knobs.temperature,
     }
-    if "kl" in sums[0]:
-        metrics["policy/kl"] = mean("kl")
+    if "kl" in names:
+        metrics |= {"policy/kl": total["kl"] / tokens, "policy/kl_scale": knobs.kl_scale}
+    if "weight_square" in names:
+        squares = total["weight_square"]
+        metrics["correction/mean"] = total["weight"] / tokens
+        metrics["correction/effective"] = (
+            total["weight"] ** 2 / (tokens * squares) if squares else 0.0
+        )
+        metrics["correction/share"] = total["corrected"] / tokens
+    return metrics
+
+
+def of_speed(learned: Learned, devices: int, peak: float | None) -> dict[str, float]:
+    """How fast the learner's ranks were: tokens of prompts and responses a second, without padding
+    and with it; the model's FLOPs a second; their share of the `peak` of all devices, where that is
+    known; and the seconds of each phase on rank 0."""
+    seconds = sum(learned.seconds.values())
+    metrics = {f"learn/{phase}": value for phase, value in learned.seconds.items()}
+    metrics |= {
+        "speed/useful_tokens_per_second": learned.useful / seconds,
+        "speed/padded_tokens_per_second": learned.padded / seconds,
+    }
+    if learned.flops:  # 0 for a family of models whose FLOPs are not known
+        metrics["speed/teraflops"] = learned.flops / seconds / 1e12
+    if learned.flops and peak is not None:
+        metrics["speed/mfu"] = mfu(learned.flops, seconds, devices, peak)
     return metrics
 
 

@@ -73,6 +73,9 @@ class Rollout:
     version: npt.NDArray[np.int32]
     finish: Finish
     text: str
+    forced: npt.NDArray[np.bool_] | None = None
+    """[T], true for tokens that were put there and not sampled (a budget marker, say): context for
+    what follows, but never trained on. None: all were sampled."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,13 +91,17 @@ class Score:
 class Group:
     """A task's rollouts in one step, and their scores; groups may differ in size.
 
-    `shaped` [G] float64 is what is learnt from, where something besides correctness is rewarded.
+    `shaped` [G] float64 is what is learnt from, where something besides correctness is rewarded;
+    `advantage` [G] float64 is known once the whole batch is there; `kept` [G] bool says which
+    rollouts are trained on, all if None: the advantage is always that within the whole group.
     """
 
     task: str
     rollouts: tuple[Rollout, ...]
     scores: tuple[Score, ...]
     shaped: npt.NDArray[np.float64] | None = None
+    advantage: npt.NDArray[np.float64] | None = None
+    kept: npt.NDArray[np.bool_] | None = None
 
     @property
     def rewards(self) -> npt.NDArray[np.float64]:
@@ -156,24 +163,53 @@ class Plan:
 
 @dataclass(frozen=True, slots=True)
 class Sequence:
-    """One rollout as the learner sees it. `tokens` [P + T] int32, the last T are the response."""
+    """One rollout as the learner sees it.
 
+    `tokens` [P + T] int32, the last `response` = T of them are the response. Of each of these:
+    `behaviour_logp` [T] float32; `age` [T] int32, the optimizer steps taken since the weights that
+    emitted it; and `trained` [T] bool, false for tokens that were forced (None: none was).
+    """
+
+    task: str
     tokens: npt.NDArray[np.int32]
     response: int
     advantage: float
     behaviour_logp: npt.NDArray[np.float32]
+    age: npt.NDArray[np.int32]
+    trained: npt.NDArray[np.bool_] | None = None
+
+    @property
+    def trained_tokens(self) -> int:
+        """Tokens of the response that are trained on."""
+        return self.response if self.trained is None else int(self.trained.sum())
 
 
 @dataclass(frozen=True, slots=True)
 class Totals:
     """Global counts of one optimizer step, over every rank and micro-batch: the denominators.
 
-    They count zero-variance groups too, whether or not those were computed.
+    `tokens` that are trained on, the `sequences` with at least one such token, `rows`, which are
+    all sequences, and `max_tokens`, the longest that a response may be. They count zero-variance
+    groups too, whether or not those were computed.
     """
 
     tokens: int
     sequences: int
+    rows: int
     max_tokens: int
+
+
+@dataclass(frozen=True, slots=True)
+class Knobs:
+    """What schedules and controllers set for one training step. `progress` is the share of the
+    run's steps that is over, in [0, 1]; `kl_scale` multiplies every KL coefficient; `temperature`
+    is what these rollouts were sampled at."""
+
+    step: int
+    progress: float
+    lr: float
+    temperature: float = 1.0
+    kl_scale: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)

@@ -19,29 +19,39 @@ from rft.checkpoint import Checkpoints
 from rft.cluster.base import RAY_NOTE
 from rft.cluster.place import place, pool_view
 from rft.config.compose import plain
+from rft.config.objective import doubts
 from rft.config.parts import build
 from rft.config.schema import Config
 from rft.config.validate import check_files
+from rft.controls import Controls
 from rft.errors import RftError
-from rft.loop import Progress, Run, Stop, train
+from rft.learner.flops import peak_flops
+from rft.loop import TRANSFORMS, Progress, Run, Stop, train
 from rft.pools import ignored_names, run_pools, verifier_names
 from rft.rewards.shaper import Shaper
 from rft.scheduler.journal import rewind_journal
 from rft.scheduler.parts import Setup
 from rft.scheduler.scheduler import SNAPSHOT, make_parts
+from rft.seeding import derive
 from rft.shaping import make_shapers
-from rft.state import write_atomic
+from rft.state import load_state, write_atomic
 from rft.tasks.pool import TaskPool
+from rft.tasks.prompts import vocabulary
 from rft.tracking.environment import write_environment
 from rft.tracking.files import RunFiles
 from rft.tracking.tracker import Tracker
+from rft.transforms.transform import Transform
 
 PROBE_TOKENS = 256
 MAY_CHANGE = (
     *("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint", "tracking"),
     *("rollout.deadline", "learner.deadline", "learner.port", "reward.workers"),
+    *("learner.workers", "learner.zero_stage", "learner.offload", "learner.sequence_parallel"),
+    *("learner.token_budget", "learner.layout", "learner.mismatch_limit", "model.liger"),
+    *("model.gradient_checkpointing", "model.attention"),
 )
-"""Keys that a resumed run may set anew: they do not change what was computed so far."""
+"""Keys that a resumed run may set anew: they change how it is computed, not what, but for
+rounding."""
 
 
 def run(config: Config) -> int:
@@ -61,11 +71,13 @@ def run(config: Config) -> int:
 
 
 def _load_and_train(config: Config, stop: Stop) -> int:
-    notes: list[str] = []
+    notes: list[str] = doubts(config)
     if config.prepare is not None:
         build(config.prepare)
         check_files(config)
     shapers = make_shapers(config)
+    controls = Controls(config, vocabulary(config.model.path))
+    make_transforms(config)
     pool, evaluation = run_pools(config, [*shapers.values()], notes.append)
     scheduler = config.scheduler
     setup = Setup(pool_view(pool), config.tasks_per_step, config.rollouts_per_task, config.seed)
@@ -73,7 +85,7 @@ def _load_and_train(config: Config, stop: Stop) -> int:
     make_parts(setup, scheduler.estimator, scheduler.selector, scheduler.planner)
     folder = (Path(config.runs_dir) / config.name).resolve()
     with owned(folder):
-        return _train(config, folder, pool, evaluation, shapers, notes, stop)
+        return _train(config, folder, pool, evaluation, shapers, controls, notes, stop)
 
 
 def _train(
@@ -82,6 +94,7 @@ def _train(
     pool: TaskPool,
     evaluation: dict[str, TaskPool],
     shapers: dict[str, Shaper],
+    controls: Controls,
     notes: list[str],
     stop: Stop,
 ) -> int:
@@ -91,6 +104,11 @@ def _train(
     progress = rewind(folder, found)
     for name, state in progress.shapers.items():
         shapers[name].load(state)
+    transforms = make_transforms(config)
+    if found:
+        controls.load(progress.controls)
+        for name, state in load_state(found[0] / TRANSFORMS).items():
+            transforms[name].load(state)
     if progress.step >= config.steps:
         print(f"{folder} is finished: {progress.step} steps. Raise steps, or choose another name.")
         _report(config, folder)
@@ -118,11 +136,13 @@ def _train(
                 parts.verifiers,
                 build(config.advantage),
                 shapers,
-                [build(transform) for transform in config.transforms],
+                transforms,
+                controls,
                 probe_tokens(pool),
                 checkpoints,
                 tracker,
                 colocated=parts.colocated,
+                peak_flops=peak_flops(parts.learner.facts.device_name, config.model.dtype),
                 progress=progress,
                 stop=stop,
             )
@@ -135,6 +155,14 @@ def _train(
         print(f"stopped after step {progress.step}; the same command goes on from there")
         return 128 + stop.signal
     return 0
+
+
+def make_transforms(config: Config) -> dict[str, Transform]:
+    """`transforms`, built, by name and in order."""
+    return {
+        name: build(part, derive(config.seed, "transform", name))
+        for name, part in config.transforms.items()
+    }
 
 
 def _report(config: Config, folder: Path) -> None:

@@ -5,8 +5,10 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import replace
 
+import numpy as np
+
 from rft.config.parts import build
-from rft.config.schema import Config
+from rft.config.schema import Config, Part
 from rft.errors import RftError
 from rft.records import Announcement, Group
 from rft.rewards.shaper import Shaper, ShaperSetup
@@ -31,7 +33,7 @@ def make_shapers(config: Config) -> dict[str, Shaper]:
             "told one thing, so keep one of them"
         )
     giving = [name for name, shaper in shapers.items() if shaper.gives_advantages]
-    taken = config.advantage["_target_"] == GIVEN
+    taken = _takes_given(config.advantage)
     if giving and (giving != [*shapers][-1:] or not taken):
         raise RftError(
             f"reward.shapers.{giving[0]} gives advantages: it must be the last shaper, with "
@@ -49,8 +51,21 @@ def announcement(shapers: dict[str, Shaper], step: int, task: str, index: int) -
 
 
 def shape(shapers: dict[str, Shaper], step: int, groups: Sequence[Group]) -> list[Group]:
-    """The groups with what is learnt from: their rewards, as the shapers leave them."""
+    """The groups with what is learnt from: their rewards, as the shapers leave them. A NaN is an
+    abstention; raises RftError for an infinite one, which nothing could be compared with."""
     shaped = list(groups)
-    for shaper in shapers.values():
+    for name, shaper in shapers.items():
         shaped = [replace(g, shaped=shaper.shape(step, g, g.signal)) for g in shaped]
+        for group in shaped:
+            infinite = group.signal[np.isinf(group.signal)]
+            if len(infinite):
+                raise RftError(
+                    f"reward.shapers.{name} gave a rollout of task {group.task} the reward "
+                    f"{infinite[0]} in step {step}; it must be finite, or NaN to abstain"
+                )
     return shaped
+
+
+def _takes_given(advantage: Part) -> bool:
+    inner = advantage.get("inner")
+    return advantage["_target_"] == GIVEN or (inner is not None and _takes_given(inner))

@@ -125,7 +125,11 @@ def write_model(folder: Path, *, eos: bool) -> None:
         single="<bos> $A", special_tokens=[("<bos>", 1)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unused0>",
     ).save_pretrained(folder)
 
 

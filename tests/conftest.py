@@ -57,7 +57,11 @@ def tiny_model(tmp_path_factory: pytest.TempPathFactory) -> Path:
         single="<bos> $A", special_tokens=[("<bos>", 1)]
     )
     PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, pad_token="<pad>", bos_token="<bos>", eos_token="<eos>"
+        tokenizer_object=tokenizer,
+        pad_token="<pad>",
+        bos_token="<bos>",
+        eos_token="<eos>",
+        unk_token="<unused0>",
     ).save_pretrained(folder)
     return folder
 

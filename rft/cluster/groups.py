@@ -14,9 +14,9 @@ import numpy.typing as npt
 
 from rft.cluster.base import Cluster, Handle
 from rft.errors import PartDied, RftError
-from rft.learner.packing import assign
-from rft.learner.worker import Update
-from rft.records import Feedback, Outcome, Plan, Receipt, Request, Score, Totals
+from rft.learner.messages import Facts, Learned, Result, Rows, Update
+from rft.learner.packing import Packing, assign
+from rft.records import Feedback, Knobs, Outcome, Plan, Receipt, Request, Score, Totals
 from rft.records import Sequence as TrainSequence
 from rft.rewards.pool import Item
 from rft.rollout.stream import Finished
@@ -78,38 +78,70 @@ class Learner:
     """All learner ranks, driven together."""
 
     def __init__(
-        self, cluster: Cluster, handles: list[Handle], *, token_budget: int, deadline: float
+        self,
+        cluster: Cluster,
+        handles: list[Handle],
+        *,
+        layout: str,
+        token_budget: int,
+        sequence_parallel: int,
+        deadline: float,
     ) -> None:
-        self._cluster, self._handles = cluster, handles
-        self._token_budget, self._deadline = token_budget, deadline
-        self.needs_reference = False
-        """Whether the objective has a KL term; known after `start`."""
+        self._cluster, self._handles, self._deadline = cluster, handles, deadline
+        self._layout, self._token_budget = layout, token_budget
+        self._parallel = sequence_parallel
+        self.facts: Facts
+        """What the ranks know of the model; after `start`."""
 
     def start(self, port: int, resume: Path | None) -> None:
         """Bring the ranks together and load the policy, or what a checkpoint holds."""
         host = self._cluster.host(self._handles[0])
         if len(self._handles) > 1:
             (port,) = self._gather([self._handles[0].call("open", host, port)], "rendezvous")
-        found = self._all("start", host, port, resume, what="the learner's start")
-        self.needs_reference = found[0]
+        self.facts = self._all("start", host, port, resume, what="the learner's start")[0]
+        if self._layout != "auto" and self._layout not in self.facts.layouts:
+            raise RftError(
+                f"learner.layout={self._layout} would not be exact for this model and "
+                f"model.attention; use auto, or one of {', '.join(self.facts.layouts)}"
+            )
 
-    def learn(
-        self, updates: Sequence[tuple[list[TrainSequence], Totals]], lr: float
-    ) -> list[dict[str, float]]:
-        """One optimizer step per update; sums over all ranks of each."""
+    def learn(self, updates: Sequence[tuple[list[TrainSequence], Totals]], knobs: Knobs) -> Learned:
+        """One optimizer step per update; sums over all ranks, and rank 0's seconds.
+
+        Raises `RftError` for what may not be learnt from; the optimizer has taken no step on it.
+        """
+        packing = Packing(
+            self._layout,
+            self.facts.layouts,
+            self._token_budget,
+            self.facts.hidden,
+            self.facts.boundaries,
+        )
         shares: list[list[Update]] = [[] for _ in self._handles]
         for sequences, totals in updates:
-            plan = assign(
-                [len(s.tokens) for s in sequences],
-                ranks=len(self._handles),
-                token_budget=self._token_budget,
-            )
-            for share, batches in zip(shares, plan, strict=True):
-                micro = [[sequences[i] for i in batch] for batch in batches]
+            plan = assign(sequences, packing, ranks=len(self._handles) // self._parallel)
+            for rank, share in enumerate(shares):
+                micro: list[Rows] = [
+                    [[[sequences[i] for i in block] for block in row] for row in rows]
+                    for rows in plan[rank // self._parallel]
+                ]
                 share.append(Update(micro, totals))
-        pending = [h.call("learn", s, lr) for h, s in zip(self._handles, shares, strict=True)]
-        ranks = self._gather(pending, "an optimizer step")
-        return [_merge(list(update)) for update in zip(*ranks, strict=True)]
+        pending = [h.call("learn", s, knobs) for h, s in zip(self._handles, shares, strict=True)]
+        ranks: list[Learned] = self._gather(pending, "an optimizer step")
+        results = [_merge(list(of)) for of in zip(*(r.results for r in ranks), strict=True)]
+        for result in results:
+            if result.fault:
+                raise RftError(
+                    f"step {knobs.step}: {result.fault}. Nothing was learnt from it: the last "
+                    "checkpoint is good"
+                )
+        return Learned(
+            results,
+            ranks[0].seconds,
+            sum(r.flops for r in ranks),
+            sum(r.useful for r in ranks),
+            sum(r.padded for r in ranks),
+        )
 
     def publish(self, version: int) -> tuple[Any, Receipt]:
         """The policy's weights as a pending value for `Engines.load`, and what they must answer."""
@@ -247,11 +279,10 @@ def prove(
     return worst
 
 
-def _merge(ranks: list[dict[str, float]]) -> dict[str, float]:
-    """Sums over ranks, but for what is a maximum or the same on each."""
-    merged = {
-        k: sum(r.get(k, 0.0) for r in ranks) for k in dict.fromkeys(k for r in ranks for k in r)
-    }
-    merged["mismatch_max"] = float(np.max([r["mismatch_max"] for r in ranks]))  # keeps NaN
-    merged["grad_norm"] = ranks[0]["grad_norm"]
-    return merged
+def _merge(ranks: list[Result]) -> Result:
+    """Sums over ranks, but for what is a maximum or the same on each; the fault that says most."""
+    names = dict.fromkeys(name for rank in ranks for name in rank.sums)
+    sums = {name: sum(rank.sums.get(name, 0.0) for rank in ranks) for name in names}
+    worst = np.max([rank.sums.get("mismatch_max", 0.0) for rank in ranks])  # keeps NaN
+    sums["mismatch_max"] = float(worst)
+    return Result(sums, ranks[0].same, max((rank.fault for rank in ranks), key=len))

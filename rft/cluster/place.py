@@ -12,7 +12,7 @@ from rft.cluster.base import Cluster, Handle, InlineCluster
 from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers
 from rft.config.schema import Config
 from rft.config.validate import resolve_device
-from rft.learner.worker import LearnerSettings
+from rft.learner.messages import LearnerSettings
 from rft.scheduler.parts import PoolView
 from rft.seeding import derive
 from rft.tasks.pool import TaskPool
@@ -143,7 +143,9 @@ def _start(
     learner = Learner(
         cluster,
         ranks,
+        layout=config.learner.layout,
         token_budget=config.learner.token_budget,
+        sequence_parallel=config.learner.sequence_parallel,
         deadline=config.learner.deadline,
     )
     parts = Parts(
@@ -195,14 +197,18 @@ def learner_settings(config: Config, device: str) -> LearnerSettings:
         dtype=model.dtype,
         attention=model.attention,
         gradient_checkpointing=model.gradient_checkpointing,
+        liger=model.liger,
         device=device,
         threads=threads(config, learner.workers),
         zero_stage=learner.zero_stage,
-        token_budget=learner.token_budget,
+        offload=learner.offload,
+        sequence_parallel=learner.sequence_parallel,
         betas=learner.betas,
         weight_decay=learner.weight_decay,
         max_grad_norm=learner.max_grad_norm,
-        temperature=config.rollout.temperature,
+        mismatch_limit=learner.mismatch_limit,
         seed=derive(config.seed, "learner") % 2**31,
+        optimizer_steps=config.steps * learner.updates,
         objective=config.objective,
+        lora=learner.lora,
     )

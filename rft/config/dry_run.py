@@ -141,14 +141,14 @@ def _activations(config: Config, model: Any) -> float:
 
     17 numbers a hidden unit and token of a layer (Korthikanti et al., arXiv 2205.05198, without
     attention's own), of all layers or, with checkpointing, of one and the layers' inputs; and the
-    logits of a chunk of tokens, their log-softmax and its gradient, in float32.
+    buffers of logits.
     """
-    from rft.learner.logprobs import CHUNK
+    from rft.learner.head import BUFFER
 
     tokens, layers = config.learner.token_budget, model.num_hidden_layers
     kept = layers + 17 if config.model.gradient_checkpointing else layers * 17
     hidden = tokens * model.hidden_size * kept * BYTES[config.model.dtype]
-    return float(hidden + min(tokens, CHUNK) * model.vocab_size * 3 * 4)
+    return float(hidden + min(2 * BUFFER, tokens * model.vocab_size * 2 * 4))
 
 
 def _parameters(model: Any) -> tuple[int, int]:

@@ -24,6 +24,8 @@ class ModelConfig:
     """Recompute activations in the backward pass: less memory, about a third more compute."""
     attention: str = "sdpa"
     """transformers' attention implementation in the learner: sdpa, eager, flash_attention_2."""
+    liger: bool = False
+    """Liger's fused norms, rotary embeddings and MLPs in the learner; CUDA alone."""
     shape: dict[str, Any] = field(default_factory=dict)
     """Sizes as in the model's config.json, for a dry run where the model itself is not at hand."""
 
@@ -134,10 +136,16 @@ class LearnerConfig:
     """Learner ranks: one a GPU, or processes on CPU."""
     zero_stage: int = 1
     """DeepSpeed ZeRO stage, 0 to 3."""
+    offload: str = "none"
+    """What DeepSpeed keeps on the host: none, optimizer, or all (parameters too, ZeRO 3)."""
+    sequence_parallel: int = 1
+    """Ranks that share each micro-batch's columns (Ulysses), for completions too long for one."""
     lr: float = 1e-6
     """Peak learning rate."""
-    schedule: str = "constant"
-    """After warm-up: constant, linear or cosine (both to 0 at the last step)."""
+    min_lr: float = 0.0
+    """Rate that the schedule ends at."""
+    schedule: Part = field(default_factory=dict)
+    """The rate after warm-up, from `lr` to `min_lr`."""
     warmup_steps: int = 10
     """Steps of linear warm-up."""
     betas: tuple[float, float] = (0.9, 0.95)
@@ -150,6 +158,14 @@ class LearnerConfig:
     """Optimizer steps a batch of rollouts; above 1 the old log-probs are computed first."""
     token_budget: int = 16384
     """Most tokens, padding included, in one micro-batch of one rank."""
+    layout: str = "auto"
+    """Rows of a micro-batch: padded (a sequence each), packed (several), shared (rollouts of a task
+    after their prompt, computed once), or auto, the least work of those exact for the model."""
+    mismatch_limit: float = 1.0
+    """Largest mismatch/kl between learner and engines that is learnt from; above it the run stops.
+    0 sets no limit."""
+    lora: Part | None = None
+    """Adapters to train in place of the weights: lora=lora, adalora or dynamic_rank."""
     port: int = 0
     """Port of the ranks' rendezvous on the first rank's host; 0 takes a free one."""
     deadline: float = 3600.0
@@ -239,11 +255,15 @@ class Config:
     reward: RewardConfig = field(default_factory=RewardConfig)
     learner: LearnerConfig = field(default_factory=LearnerConfig)
     advantage: Part = field(default_factory=dict)
-    """From a group's rewards to advantages."""
+    """From the rewards of groups to advantages."""
     objective: Part = field(default_factory=dict)
     """The policy loss."""
-    transforms: list[Part] = field(default_factory=list)
-    """Which groups are trained on, applied in order."""
+    transforms: dict[str, Part] = field(default_factory=dict)
+    """Which rollouts are trained on, by a name of your choice, applied in order.
+    `+transform@transforms.thin=balance` adds one."""
+    controllers: dict[str, Part] = field(default_factory=dict)
+    """What sets temperature and kl_scale from step to step, by the knob's name.
+    `+controller@controllers.kl_scale=adaptive_kl` adds one."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -83,7 +83,7 @@ class SimulationConfig:
     """Folder of this simulation in there."""
     world: WorldConfig = field(default_factory=WorldConfig)
     scheduler: SchedulerConfig = field(default_factory=SchedulerConfig)
-    transforms: list[Part] = field(default_factory=list)
+    transforms: dict[str, Part] = field(default_factory=dict)
     """As in training, where presets set it. It changes nothing here: a simulated learner takes
     nothing from groups without variance, and divides by the planned size of a batch."""
     simulated_learner: Part = field(default_factory=dict)

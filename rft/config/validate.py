@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import importlib.util
 import json
 import os
 import socket
 from pathlib import Path
 from typing import Any
 
-from rft.config.parts import check
+from rft.config.objective import check_objective
+from rft.config.parts import build, check
 from rft.config.schema import ClusterConfig, Config
 from rft.errors import RftError, nearest
 
@@ -20,12 +22,14 @@ PARTS = (
     "reward.verifier",
     "advantage",
     "objective",
+    "learner.schedule",
 )
 CHOICES = {
     "resume": ("auto", "never"),
     "model.dtype": ("float32", "bfloat16"),
     "model.attention": ("sdpa", "eager", "flash_attention_2"),
-    "learner.schedule": ("constant", "linear", "cosine"),
+    "learner.layout": ("auto", "padded", "packed", "shared"),
+    "learner.offload": ("none", "optimizer", "all"),
     "cluster.mode": ("ray", "inline"),
     "cluster.device": ("auto", "cpu", "cuda"),
     "cluster.placement": ("disaggregated", "colocated"),
@@ -48,6 +52,9 @@ AT_LEAST: dict[str, float] = {
     "reward.workers": 1,
     "learner.workers": 1,
     "learner.zero_stage": 0,
+    "learner.sequence_parallel": 1,
+    "learner.min_lr": 0,
+    "learner.mismatch_limit": 0,
     "learner.warmup_steps": 0,
     "learner.max_grad_norm": 0,
     "learner.updates": 1,
@@ -79,8 +86,12 @@ def validate(config: Config, *, training: bool = True) -> None:
         check(where, get(config, where))
     for name, shaper in config.reward.shapers.items():
         check(f"reward.shapers.{name}", shaper)
-    for i, transform in enumerate(config.transforms):
-        check(f"transforms[{i}]", transform)
+    for kind in ("transforms", "controllers"):
+        for name, part in getattr(config, kind).items():
+            check(f"{kind}.{name}", part)
+    if config.learner.lora is not None:
+        check("learner.lora", config.learner.lora)
+        build(config.learner.lora)  # its keys' ranges
     if config.prepare is not None:
         check("prepare", config.prepare)
     longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
@@ -91,6 +102,8 @@ def validate(config: Config, *, training: bool = True) -> None:
         )
     _machine(config, training)
     if training:
+        _learner(config)
+        check_objective(config)
         _port(config)
     _folder(config)
     if config.prepare is None:
@@ -117,6 +130,47 @@ def _values(config: Config) -> None:
     name = config.name
     if not name or "/" in name or name.startswith("."):
         raise RftError(f"name={name!r} must be a plain folder name; it is kept under runs_dir")
+
+
+def _learner(config: Config) -> None:
+    """What DeepSpeed, Ulysses and Liger can be combined with."""
+    learner, model = config.learner, config.model
+    stage = learner.zero_stage
+    if stage == 0 and model.dtype == "bfloat16":
+        raise RftError(
+            "learner.zero_stage=0 with model.dtype=bfloat16 would accumulate gradients in "
+            "bfloat16; set learner.zero_stage=1, which keeps float32 masters, on one rank too"
+        )
+    if learner.offload != "none" and stage < (3 if learner.offload == "all" else 1):
+        raise RftError(
+            f"learner.offload={learner.offload} with learner.zero_stage={stage}; it needs "
+            f"{'stage 3' if learner.offload == 'all' else 'stage 1, 2 or 3'}"
+        )
+    if learner.workers % learner.sequence_parallel:
+        raise RftError(
+            f"learner.sequence_parallel={learner.sequence_parallel} does not divide "
+            f"learner.workers={learner.workers} into whole groups; choose a divisor"
+        )
+    if learner.lora and learner.lora.get("budget") and stage not in (1, 2):
+        raise RftError(
+            f"learner.lora.budget with learner.zero_stage={stage}: it needs gradients that are "
+            "already averaged over ranks, and whole adapters; set learner.zero_stage to 1 or 2"
+        )
+    if learner.min_lr > learner.lr:
+        raise RftError(
+            f"learner.min_lr={learner.min_lr} is over learner.lr={learner.lr}; the schedule goes "
+            "down from lr to min_lr"
+        )
+    if model.liger:
+        if resolve_device(config.cluster, planning=config.dry_run) != "cuda":
+            raise RftError("model.liger=true needs a CUDA GPU; leave it false on CPU")
+        if importlib.util.find_spec("liger_kernel") is None:
+            raise RftError("model.liger=true needs liger-kernel; install rft[gpu]")
+    if learner.layout == "shared" and model.attention == "flash_attention_2":
+        raise RftError(
+            "learner.layout=shared needs a mask, which model.attention=flash_attention_2 does not "
+            "take; set learner.layout=packed, or model.attention=sdpa"
+        )
 
 
 def _machine(config: Config, training: bool) -> None:

@@ -1,62 +1,68 @@
 """One learner rank: a DeepSpeed engine around the policy, stepped on rollouts.
 
 >>> worker = LearnerWorker(rank=0, world=1, ...)
->>> worker.start("", 0, resume=None)
->>> worker.learn([Update(micro_batches, totals)], lr=1e-4)
+>>> facts = worker.start("", 0, resume=None)
+>>> worker.learn([Update(micro_batches, totals)], knobs)
 """
 
 from __future__ import annotations
 
 import os
 import sys
-from collections.abc import Iterator
-from contextlib import nullcontext
+import time
+from collections import defaultdict
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
+import torch
+import torch.distributed as dist
+from transformers import AutoTokenizer
 
 from rft.config.parts import build
 from rft.errors import RftError
-from rft.records import Receipt, Sequence, Totals, WeightBundle
+from rft.learner.deepspeed_engine import Engine
+from rft.learner.flops import Architecture
+from rft.learner.logprobs import TokenLogProbs
+from rft.learner.lora import Lora
+from rft.learner.messages import Facts, Learned, LearnerSettings, Result, Rows, Update
+from rft.learner.micro_batch import MicroBatch
+from rft.learner.objectives import Objective
+from rft.learner.optimizer_state import SavedOptimizer, save_optimizer
+from rft.learner.policy import checkpoint_activations, layouts, load_model, tied_names
+from rft.learner.references import References
+from rft.learner.rows import RowTensors, make_rows
+from rft.learner.ulysses import Ulysses
+from rft.records import Knobs, Receipt, Totals, WeightBundle
+from rft.records import Sequence as TrainSequence
 from rft.state import load_state, save_state
+from rft.weights import pack
 
-if TYPE_CHECKING:
-    import torch
-
-    from rft.learner.objectives import Objective
-
+LORA = "lora.safetensors"
+"""In a checkpoint's learner/: what a rank budget remembers."""
+Weights = Iterator[tuple[str, torch.Tensor]]
 GATHER_BYTES = 256 * 2**20  # parameters of a ZeRO-3 model that are whole at one time
 
 
-@dataclass(frozen=True, slots=True)
-class Update:
-    """One optimizer step of one rank: its micro-batches, and the step's global counts."""
+@dataclass(slots=True)
+class _Batch:
+    """A micro-batch on its way through `learn`."""
 
-    micro_batches: list[list[Sequence]]
-    totals: Totals
+    rows: RowTensors
+    empty: bool
+    references: tuple[torch.Tensor, ...] = ()
+    old_N: torch.Tensor | None = None
+    advantage_N: torch.Tensor | None = None
 
 
-@dataclass(frozen=True, slots=True)
-class LearnerSettings:
-    """What every rank is built with."""
-
-    model_path: str
-    dtype: str
-    attention: str
-    gradient_checkpointing: bool
-    device: str
-    threads: int
-    zero_stage: int
-    token_budget: int
-    betas: tuple[float, float]
-    weight_decay: float
-    max_grad_norm: float
-    temperature: float
-    seed: int
-    objective: dict[str, Any]
+DUMMY = TrainSequence(
+    "", np.zeros(2, np.int32), 1, 0.0, np.zeros(1, np.float32), np.zeros(1, np.int32)
+)
+"""What a rank computes where it has nothing to: ZeRO-3 ranks go through the model together."""
 
 
 class LearnerWorker:
@@ -65,28 +71,23 @@ class LearnerWorker:
     def __init__(self, rank: int, world: int, settings: LearnerSettings) -> None:
         self._rank, self._world, self._settings = rank, world, settings
         self._store: Any = None
-        self._grad_norm = 0.0
         self._joined = False
         self._engine: Any = None
 
     def open(self, host: str, port: int) -> int:
         """On rank 0: listen for the other ranks; `port` 0 takes a free one. Returns the port."""
-        from torch.distributed import DistNetworkError, TCPStore
-
         try:
-            self._store = TCPStore(host, port, self._world, True, wait_for_workers=False)
-        except DistNetworkError as error:
+            self._store = dist.TCPStore(host, port, self._world, True, wait_for_workers=False)
+        except dist.DistNetworkError as error:
             raise RftError(
                 f"learner.port={port} cannot be listened on at {host} ({_first_line(error)}); "
                 "free it, or set learner.port=0 to take a free one"
             ) from error
         return int(self._store.port)
 
-    def start(self, host: str, port: int, resume: Path | None) -> bool:
-        """Join the other ranks, load the policy, and restore `resume`, a checkpoint's `learner/`.
-
-        Returns whether the objective wants every rollout computed, for its KL term.
-        """
+    def start(self, host: str, port: int, resume: Path | None) -> Facts:
+        """Join the other ranks, load the policy, and restore `resume`, a checkpoint's `learner/`,
+        which any number of ranks may have written."""
         s = self._settings
         os.environ.update(LOCAL_RANK="0", RANK=str(self._rank), WORLD_SIZE=str(self._world))
         if s.device == "cpu":
@@ -95,8 +96,6 @@ class LearnerWorker:
         os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
         if host == "127.0.0.1":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would listen on the host's own name
-        import torch
-        import torch.distributed as dist
 
         torch.manual_seed(s.seed + self._rank)
         if s.threads:
@@ -109,41 +108,58 @@ class LearnerWorker:
                 store = self._store or dist.TCPStore(host, port, self._world, False)
             backend = "nccl" if s.device == "cuda" else "gloo"
             dist.init_process_group(backend, store=store, rank=self._rank, world_size=self._world)
-        self._build()
-        if resume is not None:
-            self._load(resume)
-        return self._objective.needs_reference
+        self._build(resume)
+        device = torch.cuda.get_device_name() if s.device == "cuda" else "cpu"
+        return Facts(
+            self._hf.config.hidden_size,
+            self._objective.every_rollout,
+            layouts(self._hf, s.attention),
+            s.attention == "flash_attention_2",
+            device,
+        )
 
-    def learn(self, updates: list[Update], lr: float) -> list[dict[str, float]]:
-        """Take one optimizer step per update, at rate `lr`; returns sums for metrics of each.
+    def learn(self, updates: list[Update], knobs: Knobs) -> Learned:
+        """Take one optimizer step per update.
 
-        With several updates the old log-probs are computed first, so that every ratio is against
-        the weights that these rollouts came from.
+        Where ratios are against the weights that these rollouts came from and those change on the
+        way (several updates), or the objective asks for it, old log-probs are computed first.
         """
-        import torch
-
-        for group in self._engine.optimizer.param_groups:
-            group["lr"] = lr
-        olds: list[list[torch.Tensor | None]] = [[None] * len(u.micro_batches) for u in updates]
-        if len(updates) > 1:
-            with torch.no_grad():
-                olds = [[self._forward(m)[0] for m in u.micro_batches] for u in updates]
-        return [self._update(u, old) for u, old in zip(updates, olds, strict=True)]
+        self._seconds: dict[str, float] = defaultdict(float)
+        self._flops = 0.0
+        with self._timed("layout"):
+            steps = [[self._lay_out(m) for m in u.micro_batches] for u in updates]
+        batches = [batch for step in steps for batch in step]
+        if self._objective.references:
+            with self._timed("reference"):
+                self._compare(batches, knobs)
+        if len(updates) > 1 or self._objective.prepares:
+            with self._timed("old"):
+                self._prepare(batches, knobs)
+        results = []
+        for step, update in zip(steps, updates, strict=True):
+            results.append(self._update(step, update.totals, knobs))
+            if results[-1].fault:
+                break
+        return Learned(
+            results,
+            dict(self._seconds),
+            self._flops if self._speaks else 0.0,
+            sum(b.rows.useful for b in batches if not b.empty) if self._speaks else 0,
+            sum(b.rows.padded for b in batches if not b.empty) if self._speaks else 0,
+        )
 
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """Log-prob of each next token of `tokens` [T] at temperature 1, [T - 1]. All ranks call."""
-        import torch
 
-        tokens_BT = torch.from_numpy(tokens.astype(np.int64))[None].to(self._device)
+        n = len(tokens) - 1
+        probe = TrainSequence("", tokens, n, 0.0, np.zeros(n, np.float32), np.zeros(n, np.int32))
         with torch.no_grad():
-            logp_N, _ = self._engine(tokens_BT, torch.ones_like(tokens_BT, dtype=torch.bool), 1.0)
+            logp_N, _ = self._engine(*make_rows([[[probe]]], self._device).inputs, 1.0)
         return np.asarray(logp_N.cpu().numpy())
 
     def publish(self, version: int) -> WeightBundle | None:
         """All policy weights as one host buffer, on rank 0. All ranks call."""
-        from rft.weights import pack
-
-        named = self._full_parameters()
+        named = self._merged(self._full_parameters())
         if self._rank == 0:
             bundle = pack(named, version, self._tied)
             self._published = Receipt(version, bundle.checksum)
@@ -158,18 +174,25 @@ class LearnerWorker:
 
     def save(self, folder: Path) -> None:
         """Write `policy/` (a Hugging Face folder) and `learner/` into `folder`. All ranks call."""
-        import torch
 
-        self._engine.save_checkpoint(str(folder / "learner"), tag="state")
-        # DeepSpeed stores client state for rank 0 only, and no rank's random state.
+        learner = folder / "learner"
+        learner.mkdir(parents=True, exist_ok=True)
+        save_optimizer(learner, self._engine.deepspeed, self._trained, self._rank, self._world)
         rng = {"cpu": torch.get_rng_state().numpy()}
         if self._device.type == "cuda":
             rng["cuda"] = torch.cuda.get_rng_state().numpy()
-        save_state(folder / "learner" / f"rng_{self._rank}.safetensors", rng)
-        weights = {n: t.cpu().clone() for n, t in self._full_parameters(keep=self._rank == 0)}
+        save_state(learner / f"rng_{self._rank}.safetensors", rng)
+        whole = self._full_parameters(keep=self._rank == 0)
+        weights = {n: t.cpu().clone() for n, t in self._merged(whole)}
+        if self._lora is not None:
+            whole = self._full_parameters(keep=self._rank == 0)
+            if self._rank == 0:
+                self._lora.save(self._hf, whole, folder / "adapter")
+                save_state(learner / LORA, self._lora.state())
+            for _ in whole:  # gathering is collective
+                pass
         if self._rank == 0:
-            from transformers import AutoTokenizer
-
+            self._references.save(learner)
             self._hf.save_pretrained(folder / "policy", state_dict=weights)
             AutoTokenizer.from_pretrained(self._settings.model_path).save_pretrained(
                 folder / "policy"
@@ -184,134 +207,260 @@ class LearnerWorker:
         if self._joined and comm.is_initialized():
             comm.destroy_process_group()  # torch's own would leave DeepSpeed holding dead groups
 
-    def _build(self) -> None:
-        import deepspeed
-        import torch
-        from deepspeed.utils import logger
-        from transformers import AutoModelForCausalLM
+    # ---- building and restoring
 
-        from rft.learner.logprobs import CHUNK, TokenLogProbs
+    @property
+    def _speaks(self) -> bool:
+        """Whether this rank counts: those that share its rows find the same."""
+        return self._rank % self._settings.sequence_parallel == 0
+
+    def _build(self, resume: Path | None) -> None:
 
         s = self._settings
-        logger.setLevel("ERROR")
         self._device = torch.device(s.device)
         self._objective: Objective = build(s.objective)
 
-        def load() -> Any:
-            return AutoModelForCausalLM.from_pretrained(
-                s.model_path, dtype=getattr(torch, s.dtype), attn_implementation=s.attention
-            ).to(self._device)
+        ulysses = None
+        if s.sequence_parallel > 1:
+            ulysses = Ulysses(self._rank, self._world, s.sequence_parallel)
 
-        self._hf = load()
-        # vLLM holds its output head apart from the embeddings, so it needs both names.
-        first = {id(p): name for name, p in self._hf.named_parameters()}
-        every = self._hf.named_parameters(remove_duplicate=False)
-        self._tied = {name: first[id(p)] for name, p in every if name not in first.values()}
+        def load() -> TokenLogProbs:
+            dtype = getattr(torch, s.dtype)
+            model = load_model(s.model_path, dtype, s.attention, self._device, liger=s.liger)
+            return TokenLogProbs(model, ulysses)
+
+        policy = load()
+        self._hf = policy.model
+        self._tied = tied_names(self._hf)
+        self._lora: Lora | None = build(s.lora) if s.lora else None
+        if self._lora is not None:
+            self._lora.wrap(self._hf, s.seed, s.zero_stage)
         if s.gradient_checkpointing:
-            from transformers.modeling_layers import GradientCheckpointingLayer
-
-            self._hf.gradient_checkpointing_enable({"use_reentrant": False})
-            for layer in self._hf.modules():
-                if isinstance(layer, GradientCheckpointingLayer):
-                    layer.training = True  # it checkpoints in training only; dropout stays off
-        # ZeRO-3 ranks must call the head equally often, however many tokens each has.
-        chunks = -(-s.token_budget // CHUNK) if s.zero_stage == 3 else None
-        module = TokenLogProbs(self._hf, s.temperature, chunks)
-        self._engine, optimizer, _, _ = deepspeed.initialize(
-            model=module,
-            model_parameters=[p for p in module.parameters() if p.requires_grad],
-            config=_deepspeed_config(s),
+            checkpoint_activations(self._hf)
+        self._architecture = Architecture.of(self._hf.config.get_text_config())
+        self._trained = {n: p for n, p in self._hf.named_parameters() if p.requires_grad}
+        saved = SavedOptimizer(resume) if resume is not None else None
+        if saved is not None:
+            for name, value in saved.values(self._trained):
+                self._trained[name].data.copy_(value)
+        self._engine = Engine(
+            policy,
+            stage=s.zero_stage,
+            dtype=s.dtype,
+            offload=s.offload,
+            betas=s.betas,
+            weight_decay=s.weight_decay,
+            max_grad_norm=s.max_grad_norm,
         )
-        self._plain = _is_plain(s)
-        if self._plain:
-            # Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm.
-            limit = s.max_grad_norm or float("inf")
+        # Without its adapters a policy is the one that it began with.
+        frozen = self._objective.references if self._lora is None else ()
+        self._references = References(frozen, load, self._device)
+        self._steps = 0 if saved is None else saved.steps
+        if resume is not None and saved is not None:
+            self._restore(saved, resume)
 
-            def clip(*_: Any) -> None:
-                norm = torch.nn.utils.clip_grad_norm_(module.parameters(), limit)
-                self._grad_norm = float(norm)
+    def _restore(self, saved: SavedOptimizer, folder: Path) -> None:
 
-            optimizer.register_step_pre_hook(clip)
-        self._reference = None
-        if self._objective.needs_reference:
-            self._reference = TokenLogProbs(load(), s.temperature).eval().requires_grad_(False)
+        # A step of rate 0 on a gradient of 0 changes nothing and makes the optimizer's state.
+        logp_N, _ = self._engine(*make_rows([[[DUMMY]]], self._device).inputs, 1.0)
+        self._engine.backward(logp_N.sum() * 0.0)
+        self._engine.step(0.0)
+        saved.restore(self._engine.deepspeed, self._trained)
+        saved.close()
+        self._references.load(folder)
+        if self._lora is not None:
+            self._lora.load(load_state(folder / LORA))
+        path = folder / f"rng_{self._rank}.safetensors"
+        if path.exists():  # a rank that was not there before keeps the state of its seed
+            rng = load_state(path)
+            torch.set_rng_state(torch.from_numpy(rng["cpu"]))
+            if "cuda" in rng:
+                torch.cuda.set_rng_state(torch.from_numpy(rng["cuda"]))
 
-    def _load(self, folder: Path) -> None:
-        import torch
+    # ---- one training step
 
-        # DeepSpeed unpickles; the caller has checked these files against the manifest.
-        path, _ = self._engine.load_checkpoint(str(folder), tag="state")
-        if path is None:
-            raise RftError(f"DeepSpeed found no checkpoint in {folder}; resume from another one")
-        rng = load_state(folder / f"rng_{self._rank}.safetensors")
-        torch.set_rng_state(torch.from_numpy(rng["cpu"]))
-        if "cuda" in rng:
-            torch.cuda.set_rng_state(torch.from_numpy(rng["cuda"]))
+    def _lay_out(self, rows: Rows) -> _Batch:
+        return _Batch(make_rows(rows or [[[DUMMY]]], self._device), empty=not rows)
 
-    def _update(self, update: Update, olds: list[torch.Tensor | None]) -> dict[str, float]:
-        import torch
+    def _compare(self, batches: Sequence[_Batch], knobs: Knobs) -> None:
+        """Log-probs under each reference policy."""
+        if self._lora is None:
+            found = self._references.logprobs([b.rows for b in batches], knobs.temperature)
+        else:
+            with torch.no_grad(), self._lora.disabled(self._hf):
+                found = [(self._forward(batch, knobs)[0],) for batch in batches]
+        for batch, references in zip(batches, found, strict=True):
+            batch.references = references
+            self._count(batch, len(references))
+        self._references.refresh(knobs.step, self._full_parameters)
 
-        from rft.learner.objectives import MicroBatch
+    def _prepare(self, batches: Sequence[_Batch], knobs: Knobs) -> None:
+        """Log-probs before the first update, and the advantages that follow from all of them."""
 
-        sums: dict[str, torch.Tensor] = {}
-        mismatches = [0.0]
-        padded = 0
-        for sequences, known_old in zip(update.micro_batches, olds, strict=True):
-            logp_N, entropy_N, tokens_BT, targets_BT = self._forward(sequences)
-            old_N = logp_N.detach() if known_old is None else known_old
-            reference_N = None
-            if self._reference is not None:
-                with torch.no_grad():
-                    reference_N, _ = self._reference(tokens_BT, targets_BT)
-            rows = sequences or [DUMMY]
-            lengths = torch.tensor([r.response for r in rows])
-            advantages = torch.tensor([r.advantage for r in rows], dtype=torch.float32)
-            batch = MicroBatch(
-                logp_N,
-                old_N,
-                reference_N,
-                advantages.repeat_interleave(lengths).to(self._device),
-                lengths.repeat_interleave(lengths).to(self._device),
+        seen = []
+        with torch.no_grad():
+            for batch in batches:
+                batch.old_N, entropy_N = self._forward(batch, knobs)
+                seen.append(_micro_batch(batch, batch.old_N, entropy_N))
+                self._count(batch, 1)
+        if self._objective.prepares:
+            kept = [i for i, batch in enumerate(batches) if not batch.empty]
+            made = self._objective.prepare([seen[i] for i in kept], self._gather, knobs)
+            for i, advantage_N in zip(kept, made, strict=True):
+                batches[i].advantage_N = advantage_N
+
+    def _update(self, batches: Sequence[_Batch], totals: Totals, knobs: Knobs) -> Result:
+
+        sums: dict[str, float] = defaultdict(float)
+        result = Result()
+        if self._objective.adapts:
+            with self._timed("adapt"), torch.no_grad():
+                seen = [_micro_batch(batch, *self._forward(batch, knobs)) for batch in batches]
+                kept = [m for m, b in zip(seen, batches, strict=True) if not b.empty]
+                result.same |= self._objective.adapt(kept, self._gather, knobs)
+                for batch in batches:
+                    self._count(batch, 1)
+        with self._timed("update"):
+            penalty = None
+            if self._lora is not None:
+                last = self._settings.optimizer_steps
+                penalty = self._lora.penalty(self._hf, self._steps, last)
+            for batch in batches:
+                logp_N, entropy_N = self._forward(batch, knobs)
+                seen_one = _micro_batch(batch, logp_N, entropy_N)
+                loss, extra = self._objective(seen_one, totals, knobs)
+                self._count(batch, trained=True)
+                share = loss.detach()
+                result.fault = result.fault or _fault(batch, seen_one, share)
+                # DeepSpeed averages gradients over ranks; our shares are of the global loss.
+                loss = loss * (0.0 if batch.empty else self._world)
+                if penalty is not None:  # the same on each rank, once
+                    loss, penalty = loss + penalty, None
+                self._engine.backward(loss)
+                if batch.empty:
+                    continue
+                gap_N = seen_one.old_N - seen_one.behaviour_N
+                extra |= {
+                    "loss": share,
+                    "entropy": entropy_N.sum(),
+                    "mismatch_kl": (gap_N.exp() - gap_N - 1.0).sum(),
+                    "tokens": torch.tensor(gap_N.numel()),
+                }
+                for name, value in extra.items():
+                    sums[name] += float(value.double())
+                worst = float(gap_N.abs().max()) if gap_N.numel() else 0.0
+                sums["mismatch_max"] = float(np.max([sums["mismatch_max"], worst]))  # keeps NaN
+        with self._timed("optimizer"):
+            others = self._stop(result.fault, sums)  # collective: whatever this rank found
+            result.fault = result.fault or others
+            if not result.fault:
+                result.same |= self._step(knobs.lr)
+        if self._speaks:
+            result.sums = dict(sums)
+        return result
+
+    def _step(self, lr: float) -> dict[str, float]:
+        """Take the optimizer step, if its gradient is finite, and let adapters lose ranks."""
+        from deepspeed.utils import (
+            safe_get_full_fp32_param,
+            safe_get_full_optimizer_state,
+            safe_set_full_fp32_param,
+        )
+
+        watched = self._watched()
+        norm = self._engine.step(lr)
+        if not np.isfinite(norm):
+            return {"grad_norm": 0.0, "skipped": 1.0}
+        metrics: dict[str, float] = {}
+        if self._lora is not None:
+            beta = self._settings.betas[0]
+
+            def gradient(parameter: torch.nn.Parameter) -> torch.Tensor:
+                # DeepSpeed frees gradients in its step; Adam's average has kept the (clipped) one.
+                before = watched[parameter][1]
+                after: torch.Tensor = safe_get_full_optimizer_state(parameter, "exp_avg")
+                return (after - beta * before) / (1.0 - beta)
+
+            at = (self._hf, self._steps, self._settings.optimizer_steps)
+            self._lora.observe(*at, gradient, lambda p: watched[p][0])
+            metrics = self._lora.after_step(*at, safe_get_full_fp32_param, safe_set_full_fp32_param)
+        self._steps += 1
+        return metrics | {"grad_norm": norm, "skipped": 0.0}
+
+    def _watched(self) -> dict[torch.nn.Parameter, tuple[torch.Tensor, torch.Tensor]]:
+        """Value and average gradient, before a step, of each parameter that a rank budget sees."""
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        found = {}
+        for parameter in self._lora.watched(self._hf) if self._lora is not None else ():
+            value: torch.Tensor = safe_get_full_fp32_param(parameter)
+            average = torch.zeros_like(value)
+            if self._steps:
+                average = safe_get_full_optimizer_state(parameter, "exp_avg")
+            found[parameter] = value, average
+        return found
+
+    def _stop(self, fault: str, sums: dict[str, float]) -> str:
+        """Why no rank may take this step, if one of them must not."""
+
+        mine = torch.tensor([bool(fault), sums["mismatch_kl"], sums["tokens"]], dtype=torch.float64)
+        faults, kl, tokens = self._gather(mine).view(-1, 3).sum(0).tolist()
+        if faults:
+            return "a rank found a fault"
+        limit = self._settings.mismatch_limit
+        if limit and tokens and not kl / tokens <= limit:
+            return (
+                f"the learner and the engines disagree on what was sampled: mismatch/kl is "
+                f"{kl / tokens:.3g}, over learner.mismatch_limit={limit:g}; a gradient from such "
+                "samples is not the policy's. Look at model.dtype of both, at quantisation and at "
+                "staleness, or raise the limit"
             )
-            loss, extra = self._objective(batch, update.totals)
-            # DeepSpeed averages gradients over ranks; our shares are of the global loss.
-            scale = self._world if sequences else 0.0
-            self._engine.backward(loss * scale)
-            if not sequences:
-                continue
-            behaviour_N = torch.from_numpy(np.concatenate([r.behaviour_logp for r in rows]))
-            gap_N = old_N - behaviour_N.to(self._device)
-            mismatches.append(float(gap_N.abs().max()))
-            padded += tokens_BT.numel()
-            extra |= {
-                "loss": loss.detach(),
-                "entropy": entropy_N.sum(),
-                "mismatch_kl": (gap_N.exp() - gap_N - 1.0).sum(),
-            }
-            for name, value in extra.items():
-                sums[name] = sums.get(name, 0.0) + value.double()
-        self._engine.step()
-        norm = self._grad_norm if self._plain else self._engine.get_global_grad_norm()
-        return {name: float(value) for name, value in sums.items()} | {
-            "mismatch_max": float(np.max(mismatches)),  # keeps NaN, as max would not
-            "padded_tokens": float(padded),
-            "grad_norm": float(norm or 0.0),
-        }
+        return ""
 
-    def _forward(self, sequences: list[Sequence]) -> Any:
-        """Pad and run one micro-batch; an empty one runs a dummy, as ZeRO-3 ranks go together."""
-        import torch
+    def _forward(self, batch: _Batch, knobs: Knobs) -> Any:
+        return self._engine(*batch.rows.inputs, knobs.temperature)
 
-        rows = sequences or [DUMMY]
-        width = max(len(r.tokens) for r in rows)
-        tokens = np.zeros((len(rows), width), dtype=np.int64)
-        targets = np.zeros((len(rows), width), dtype=bool)
-        for i, r in enumerate(rows):
-            tokens[i, : len(r.tokens)] = r.tokens
-            targets[i, len(r.tokens) - r.response : len(r.tokens)] = True
-        tokens_BT = torch.from_numpy(tokens).to(self._device)
-        targets_BT = torch.from_numpy(targets).to(self._device)
-        return *self._engine(tokens_BT, targets_BT), tokens_BT, targets_BT
+    def _gather(self, mine_n: torch.Tensor) -> torch.Tensor:
+        """`rft.learner.micro_batch.Gather`."""
+        if self._world == 1:
+            return mine_n
+        sent_n = mine_n.to(self._device)  # NCCL has no host tensors
+        size = torch.tensor([sent_n.numel()], device=self._device)
+        sizes = [torch.zeros_like(size) for _ in range(self._world)]
+        dist.all_gather(sizes, size)
+        counts = [int(s) for s in sizes]
+        padded_n = sent_n.new_zeros(max(counts))
+        padded_n[: len(sent_n)] = sent_n
+        parts = [torch.empty_like(padded_n) for _ in counts]
+        dist.all_gather(parts, padded_n)
+        one_of_each = slice(None, None, self._settings.sequence_parallel)
+        pairs = zip(parts[one_of_each], counts[one_of_each], strict=True)
+        return torch.cat([part[:n] for part, n in pairs]).to(mine_n.device)
+
+    def _count(self, batch: _Batch, passes: int = 0, *, trained: bool = False) -> None:
+        """Add the model's own FLOPs of `passes` without gradient, or of one that is `trained`:
+        padding and what checkpointing repeats are not counted."""
+        if self._architecture is None or batch.empty:
+            return
+        sizes = (batch.rows.useful, batch.rows.attended, batch.rows.targets_N.numel())
+        if trained:
+            frozen = self._settings.lora is not None
+            self._flops += self._architecture.training_flops(*sizes, frozen=frozen)
+        else:
+            self._flops += passes * self._architecture.forward_flops(*sizes)
+
+    @contextmanager
+    def _timed(self, phase: str) -> Iterator[None]:
+
+        start = time.perf_counter()
+        yield
+        if self._device.type == "cuda":
+            torch.cuda.synchronize()
+        self._seconds[phase] += time.perf_counter() - start
+
+    def _merged(self, named: Weights) -> Weights:
+        """The weights under the base model's own names, with the adapters in them."""
+        return named if self._lora is None else self._lora.merged(named)
 
     def _full_parameters(self, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
         """Every parameter whole, gathered a bucket at a time; yields nothing if not `keep`."""
@@ -325,31 +474,41 @@ class LearnerWorker:
                     yield from ((name, p.detach()) for name, p in bucket)
 
 
-def _is_plain(s: LearnerSettings) -> bool:
-    """Whether DeepSpeed steps torch's own optimizer, without ZeRO or master weights around it."""
-    return s.zero_stage == 0 and s.dtype == "float32"
+def _micro_batch(batch: _Batch, logp_N: torch.Tensor, entropy_N: torch.Tensor) -> MicroBatch:
+    rows = batch.rows
+    return MicroBatch(
+        logp_N,
+        entropy_N,
+        logp_N.detach() if batch.old_N is None else batch.old_N,
+        rows.behaviour_N,
+        batch.references,
+        rows.advantage_N if batch.advantage_N is None else batch.advantage_N,
+        rows.age_N,
+        rows.sequence_N,
+        rows.length_N,
+        len(rows.tasks),
+    )
 
 
-def _deepspeed_config(s: LearnerSettings) -> dict[str, Any]:
-    adam = {
-        "lr": 0.0,  # set at each step
-        "betas": list(s.betas),
-        "weight_decay": s.weight_decay,
-        "torch_adam": True,
+def _fault(batch: _Batch, seen: MicroBatch, loss: torch.Tensor) -> str:
+    """What in a micro-batch is not a number, and of which task; empty if all is well."""
+
+    named = {
+        "the learner's log-prob": seen.logp_N,
+        "the engine's log-prob": seen.behaviour_N,
+        "the old log-prob": seen.old_N,
+        "the advantage": seen.advantage_N,
+        **{f"reference {i}'s log-prob": r for i, r in enumerate(seen.references)},
     }
-    return {
-        "train_micro_batch_size_per_gpu": 1,
-        # The number of micro-batches varies from step to step: `step` is the boundary.
-        "managed_gradient_accumulation": False,
-        "gradient_clipping": 0.0 if _is_plain(s) else s.max_grad_norm,
-        "bf16": {"enabled": s.dtype == "bfloat16"},
-        "zero_optimization": {"stage": s.zero_stage},
-        "optimizer": {"type": "AdamW", "params": adam},
-        "steps_per_print": None,
-    }
-
-
-DUMMY = Sequence(np.zeros(2, np.int32), 1, 0.0, np.zeros(1, np.float32))
+    if bool(torch.stack([t.detach().sum() for t in [*named.values(), loss]]).isfinite().all()):
+        return ""
+    for what, values_N in named.items():
+        bad = (~values_N.detach().isfinite()).nonzero()
+        if len(bad):
+            first = int(bad[0])
+            task = batch.rows.tasks[int(seen.sequence_N[first])]
+            return f"{what} of a token of task {task} is {float(values_N[first])}"
+    return f"the loss is {float(loss.detach())} though all log-probs and advantages are finite"
 
 
 def _buckets(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:

@@ -183,3 +183,21 @@ def _load(model_path: str) -> Any:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
     return tokenizer
+
+
+def vocabulary(model_path: str) -> int:
+    """Entries of the model's output distribution.
+
+    Raises RftError where the tokenizer knows tokens for which the model has no entry; the other way
+    round (rows of padding) is usual.
+    """
+    from transformers import AutoConfig
+
+    size: int = AutoConfig.from_pretrained(model_path).get_text_config().vocab_size
+    known = len(_load(model_path))
+    if known > size:
+        raise RftError(
+            f"the tokenizer of {model_path!r} has {known} tokens and the model only {size}; they "
+            "do not belong together, or the model's embeddings were not resized"
+        )
+    return size

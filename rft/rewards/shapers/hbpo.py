@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-from rft.learner.advantages import GroupAdvantage
+from rft.learner.advantages import standardised
 from rft.records import Announcement, Group
 from rft.rewards.shaper import Rewards, Shaper, ShaperSetup
 from rft.rewards.shapers import lengths, require, require_place
@@ -59,7 +59,6 @@ class HBPO(Shaper):
         require_place(sentence, "{budget}")
         self._budgets, self._sentence = tuple(budgets), sentence
         self.gives_advantages = advantages
-        self._standardise = GroupAdvantage()
 
     def announcements(self, step: int) -> Sequence[Announcement]:
         return [self._said(budget) for budget in self._budgets]
@@ -79,7 +78,7 @@ class HBPO(Shaper):
             return reward
         means = {b: reward[budget == b].mean() for b in set(budget.tolist())}
         best = SCALE * np.cos(np.pi * budget / (2 * limit))
-        return np.array([means[b] for b in budget]) - best + self._standardise(reward)
+        return np.array([means[b] for b in budget]) - best + standardised(reward)
 
     def _budget(self, index: int) -> int:
         return self._budgets[index % len(self._budgets)]

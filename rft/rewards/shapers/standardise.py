@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from rft.learner.advantages import GroupAdvantage
+from rft.learner.advantages import standardised
 from rft.records import Group
 from rft.rewards.shaper import Rewards, Shaper
 
@@ -13,8 +13,8 @@ class Standardise(Shaper):
 
     Without it a small penalty that is all the variance of a group, as in a group whose answers are
     all correct, is blown up to unit scale by the advantage. To be used with
-    `advantage.normalise_std=false`, before the shapers of length.
+    `advantage=mean`, before the shapers of length.
     """
 
     def shape(self, step: int, group: Group, rewards: Rewards) -> Rewards:
-        return GroupAdvantage()(rewards)
+        return standardised(rewards)
