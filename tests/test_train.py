@@ -286,7 +286,7 @@ BAD = {
     "unknown group": (["scheduler=botz"], "did you mean 'bots'"),
     "unknown experiment": (["+experiment=letters_bot"], "did you mean 'letters_bots'"),
     "wrong type": (["learner.lr=fast"], "learner.lr"),
-    "not a choice": (["learner.schedule=cosin"], "did you mean 'cosine'"),
+    "not a choice": (["learner.layout=packet"], "did you mean 'packed'"),
     "out of range": (["learner.zero_stage=4"], "learner.zero_stage=4"),
     "unknown argument of a part": (["+scheduler.selector.targte=0.4"], "did you mean 'target'"),
     "no such part": (

@@ -78,8 +78,8 @@ class PolicyLoss(Objective):
     - `sequence_mean`: over sequences, of their token means (GRPO, arXiv 2402.03300);
     - `sequence_sum`: over sequences, of their sums (REINFORCE);
     - `constant`: the sum over rows times the longest allowed response (Dr.GRPO, arXiv 2503.20783).
-    A sequence without trained tokens counts as a row and not as a sequence. verl leaves it out of
-    `constant` too; TRL counts it in all.
+    A sequence without trained tokens counts as a row and not as a sequence. TRL counts it in all,
+    and so does verl's trainer, but not verl's loss by itself.
 
     `whiten`, if any, makes the advantages of all rollouts of the training step anew. An empty
     `correction` is none.

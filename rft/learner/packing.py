@@ -20,6 +20,11 @@ Block = tuple[int, ...]
 Row = tuple[Block, ...]
 USEFUL = 0.95
 """Share of the tokens computed that are not padding, which `auto` does not go below if it can."""
+REACHES = (1, 2, 4)
+"""Widths of rows that are tried, in hidden sizes: wider rows have less padding and share prompts
+more, and cost more attention."""
+MASK = 0.1
+"""What attention with a mask costs more by itself, as a share of the linear layers."""
 LAUNCH = 512
 """What a micro-batch costs besides its tokens, in tokens: the time of a pass with nothing to do."""
 
@@ -58,7 +63,11 @@ def assign(
                 "rollout.max_tokens"
             )
     layouts = packing.exact if packing.layout == "auto" else (packing.layout,)
-    plans = [_plan(sequences, lengths, packing, layout, ranks) for layout in layouts]
+    plans = [
+        _plan(sequences, lengths, packing, layout, reach, ranks)
+        for layout in layouts
+        for reach in _reaches(packing, layout, max(lengths, default=1))
+    ]
     return min(plans, key=lambda plan: (plan.useful < USEFUL, plan.work)).ranks
 
 
@@ -87,7 +96,19 @@ class _Sizes:
     def cost(self, width: int, *, masked: bool) -> float:
         """In tokens' linear layers (24 hidden² FLOPs): those of a row, and its attention, of which
         a kernel skips the upper half where there is no mask."""
-        return width * (1.0 + width * (2.0 if masked else 1.0) / (12.0 * self._hidden))
+        if masked:
+            return width * (1.0 + MASK + width / (6.0 * self._hidden))
+        return width * (1.0 + width / (12.0 * self._hidden))
+
+
+def _reaches(packing: Packing, layout: str, longest: int) -> list[int]:
+    """How wide rows may be: as the longest sequence at least."""
+    if layout == "padded":
+        return [longest]
+    if packing.boundaries:
+        return [packing.token_budget]
+    reaches = {max(longest, times * packing.hidden) for times in REACHES}
+    return sorted({min(reach, packing.token_budget) for reach in reaches})
 
 
 def _plan(
@@ -95,13 +116,10 @@ def _plan(
     lengths: list[int],
     packing: Packing,
     layout: str,
+    reach: int,
     ranks: int,
 ) -> _Plan:
     sizes = _Sizes(sequences, lengths, packing.hidden)
-    # A row may be as wide as the longest sequence, or as attention stays cheap beside the rest.
-    reach = packing.token_budget
-    if not packing.boundaries:
-        reach = min(reach, max([packing.hidden, *lengths]))
     blocks: list[Block] = [(i,) for i in range(len(sequences))]
     if layout == "shared":
         blocks = _blocks(sequences, sizes, reach)

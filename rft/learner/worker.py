@@ -500,7 +500,7 @@ def _fault(batch: _Batch, seen: MicroBatch, loss: torch.Tensor) -> str:
         "the advantage": seen.advantage_N,
         **{f"reference {i}'s log-prob": r for i, r in enumerate(seen.references)},
     }
-    if bool(torch.stack([t.detach().sum() for t in [*named.values(), loss]]).isfinite().all()):
+    if bool(torch.stack([t.isfinite().all() for t in [*named.values(), loss]]).all()):
         return ""
     for what, values_N in named.items():
         bad = (~values_N.detach().isfinite()).nonzero()
