@@ -175,10 +175,11 @@ def ours(job: Job, turn: Turn) -> None:
     from rft.config.parts import build
     from rft.config.schema import Config
     from rft.config.validate import validate
+    from rft.controls import Controls
     from rft.loop import Run, run_step, sync
-    from rft.run import probe_tokens
+    from rft.run import make_transforms, probe_tokens
     from rft.tasks.pool import load_pool
-    from rft.tasks.prompts import PromptEncoder
+    from rft.tasks.prompts import PromptEncoder, vocabulary
     from rft.tracking.tracker import Tracker
 
     longest = PROMPT_TOKENS + job.max_tokens
@@ -221,11 +222,13 @@ def ours(job: Job, turn: Turn) -> None:
             parts.verifiers,
             build(config.advantage),
             {},
-            [build(transform) for transform in config.transforms],
+            make_transforms(config),
+            Controls(config, vocabulary(job.model)),
             probe_tokens(pool),
             Checkpoints(folder / "checkpoints", config.checkpoint.keep),
             tracker,
             colocated=parts.colocated,
+            peak_flops=None,
         )
         sync(run)
         measured, step = None, 0

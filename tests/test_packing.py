@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from rft.errors import RftError
+from rft.learner.logprobs import _chosen
 from rft.learner.packing import LAUNCH, Packing, Row, assign
 from rft.learner.rows import make_rows
 from rft.records import Sequence as TrainSequence
@@ -198,3 +199,19 @@ def test_packed_rows_tell_sequences_apart_by_their_positions() -> None:
     assert rows.mask_B1WW is None
     assert rows.positions_BW is not None
     assert rows.positions_BW.tolist() == [[0, 1, 2, 3, 0, 1, 2], [0, 1, 2, 0, 1, 2, 3]]
+
+
+def test_gradients_of_a_place_that_predicts_several_tokens_add_up_in_one_order() -> None:
+    """With several threads plain indexing gives another rounding at each call."""
+    torch.manual_seed(0)
+    before_N, weight_NH = torch.randint(0, 50, (4096,)), torch.randn(4096, 128)
+    threads = torch.get_num_threads()
+    torch.set_num_threads(max(2, threads))
+    found = set()
+    for _ in range(20):
+        hidden_BWH = torch.zeros(20, 100, 128, requires_grad=True)
+        (_chosen(hidden_BWH, before_N) * weight_NH).sum().backward()
+        assert hidden_BWH.grad is not None
+        found.add(hidden_BWH.grad.numpy().tobytes())
+    torch.set_num_threads(threads)
+    assert len(found) == 1

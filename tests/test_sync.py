@@ -77,7 +77,14 @@ def sides(tiny_model: Path) -> Iterator[Any]:
             for i, name in enumerate((good, target))
         ]
         publisher = cluster.spawn("learner", "test_sync.Publisher", model_path=str(tiny_model))
-        learner = Learner(cluster, [publisher], token_budget=64, deadline=60)
+        learner = Learner(
+            cluster,
+            [publisher],
+            layout="auto",
+            token_budget=64,
+            sequence_parallel=1,
+            deadline=60,
+        )
         return Engines(cluster, handles, 60), learner, publisher._part
 
     yield make

@@ -111,15 +111,21 @@ def test_vllm_agrees_with_the_learner_at_any_temperature(tiny_model: Path, tmp_p
 @pytest.mark.parametrize(
     "extra",
     [
-        ["cluster=ray", "learner.workers=2", "learner.zero_stage=3", "scheduler=uniform"],
-        ["learner.zero_stage=0", "objective.kl_coef=0.05", "learner.updates=2"],
+        ["cluster=ray", "learner.workers=2", "learner.zero_stage=3", "scheduler=uniform",
+         "learner.sequence_parallel=2"],
+        ["learner.zero_stage=0", "objective=grpo_paper", "learner.updates=2"],
         ["model.dtype=bfloat16", "objective.aggregation=sequence_mean", "learner.zero_stage=2"],
         ["model.gradient_checkpointing=true", "objective.aggregation=constant", "rollout=vllm",
          "rollout.max_tokens=12"],
         ["scheduler=greso", "scheduler/planner@scheduler.planner.inner=knapsack"],
         ["scheduler=mopps", "scheduler/planner=xrpo"],
+        ["lora=adalora", "learner.lr=1e-2", "learner.layout=shared", "rollout=vllm",
+         "rollout.max_tokens=12"],
+        ["objective=bapo", "+weighter=[top_entropy,d3s]", "schedule@learner.schedule=uba",
+         "+transform@transforms.thin=balance", "+controller@controllers.kl_scale=adaptive_kl"],
     ],
-    ids=["zero3-uniform", "kl-updates", "bfloat16", "vllm-inline", "greso-knapsack", "mopps-xrpo"],
+    ids=["zero3-ulysses", "kl-updates", "bfloat16", "vllm-inline", "greso-knapsack", "mopps-xrpo",
+         "adalora", "weighed"],
 )  # fmt: skip
 def test_runs_by_override_alone(extra: list[str], tiny_model: Path, tmp_path: Path) -> None:
     check(train(*overrides(tiny_model, tmp_path, "run", "steps=3", *extra)))

@@ -11,6 +11,7 @@ from typing import Any
 import yaml
 
 from rft.config.compose import plain
+from rft.config.parts import build
 from rft.config.schema import Config
 from rft.config.validate import gpu_count, resolve_device
 from rft.errors import RftError
@@ -91,28 +92,34 @@ def _memory(config: Config) -> str:
     if config.prepare is not None and not (Path(path) / "config.json").is_file():
         return f"{path} is not there yet: {config.prepare['_target_']} will make it"
     model, source = _model_config(config)
-    parameters, largest = _parameters(model)
-    width, ranks, stage = (
-        BYTES[config.model.dtype],
-        config.learner.workers,
-        config.learner.zero_stage,
-    )
-    # AdamW: two moments in float32, and float32 master weights beside bfloat16 ones.
-    optimizer = parameters * (8 if width == 4 else 12) / (ranks if stage >= 1 else 1)
-    gradients = parameters * width / (ranks if stage >= 2 else 1)
+    parameters, largest, trained = _parameters(model, config.learner.lora)
+    learner, ranks = config.learner, config.learner.workers
+    stage, width = learner.zero_stage, BYTES[config.model.dtype]
+    # AdamW: two moments in float32, and float32 master weights beside bfloat16 ones. Gradients are
+    # added up in float32.
+    optimizer = trained * (8 if width == 4 else 12) / (ranks if stage >= 1 else 1)
+    gradients = trained * 4 / (ranks if stage >= 2 else 1)
     weights = parameters * width / (ranks if stage >= 3 else 1) + (largest if stage == 3 else 0)
-    activations = _activations(config, model)
+    activations = _activations(config, model) / learner.sequence_parallel
+    on_host = 0.0
+    if learner.offload != "none":
+        on_host, optimizer = optimizer, 0.0
+    if learner.offload == "all":
+        on_host, weights = on_host + weights - largest, float(largest)
     total = weights + gradients + optimizer + activations
+    host = f", {on_host / GIB:.2f} GiB on the host" if on_host else ""
+    of = f", {trained / 1e6:,.1f}M of them adapters" if learner.lora else ""
+    parameters -= trained if learner.lora else 0  # the engines have them merged
     heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
     size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
     kv = 2 * model.num_hidden_layers * heads * size * width
     longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
     return "\n".join(
         [
-            f"{parameters / 1e6:,.1f}M parameters in {config.model.dtype} ({source})",
+            f"{parameters / 1e6:,.1f}M parameters in {config.model.dtype} ({source}){of}",
             f"each learner rank: {weights / GIB:.2f} GiB weights + {gradients / GIB:.2f} gradients "
             f"+ {optimizer / GIB:.2f} optimizer + about {activations / GIB:.1f} activations of "
-            f"{config.learner.token_budget:,} tokens = {total / GIB:.1f} GiB",
+            f"{config.learner.token_budget:,} tokens = {total / GIB:.1f} GiB{host}",
             f"each engine: {parameters * width / GIB:.2f} GiB weights; KV cache {kv / 1024:.0f} "
             f"KiB a token, {kv * longest / GIB:.2f} GiB a sequence of {longest:,} tokens",
             f"this machine: {_memory_bytes() / GIB:.1f} GiB of memory",
@@ -151,16 +158,20 @@ def _activations(config: Config, model: Any) -> float:
     return float(hidden + min(2 * BUFFER, tokens * model.vocab_size * 2 * 4))
 
 
-def _parameters(model: Any) -> tuple[int, int]:
-    """Parameters of the model, and bytes of its largest one, without its weights."""
+def _parameters(model: Any, lora: dict[str, Any] | None) -> tuple[int, int, int]:
+    """Parameters of the model with its adapters, bytes of the largest one, and how many of them are
+    trained; without any weights."""
     from accelerate import init_empty_weights
     from transformers import AutoModelForCausalLM
 
     with init_empty_weights():
         empty = AutoModelForCausalLM.from_config(model)
+        if lora is not None:
+            build(lora).wrap(empty, seed=0)
     empty.tie_weights()  # an embedding that is also the head counts once
+    trained = sum(p.numel() for p in empty.parameters() if p.requires_grad)
     sizes = [p.numel() for p in empty.parameters()]
-    return sum(sizes), max(sizes) * 4
+    return sum(sizes), max(sizes) * 4, trained
 
 
 def _memory_bytes() -> int:

@@ -44,12 +44,18 @@ class TokenLogProbs(nn.Module):
                 position_ids=positions_BW,
                 use_cache=False,
             )[0]
-            return self.head(hidden_BWH.flatten(0, 1)[before_N], targets_N, temperature)
+            return self.head(_chosen(hidden_BWH, before_N), targets_N, temperature)
         # Some of the columns, and the tokens that they predict.
         inputs = self._ulysses.inputs(tokens_BW, positions_BW, mask_B1WW)
         hidden_BLH = self.model.base_model(**inputs, use_cache=False)[0]
         own = self._ulysses.own(before_N, tokens_BW.shape[1])
         logp_n, entropy_n = self.head(
-            hidden_BLH.flatten(0, 1)[own.before_n], targets_N[own.tokens_n], temperature
+            _chosen(hidden_BLH, own.before_n), targets_N[own.tokens_n], temperature
         )
         return self._ulysses.gather(logp_n, own), self._ulysses.gather(entropy_n, own)
+
+
+def _chosen(hidden_BWH: torch.Tensor, before_N: torch.Tensor) -> torch.Tensor:
+    """Hidden states of chosen places. Several responses may follow one prompt: plain indexing would
+    add their gradients up in whatever order threads come by."""
+    return hidden_BWH.flatten(0, 1).index_select(0, before_N)

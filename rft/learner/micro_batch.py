@@ -47,7 +47,8 @@ class MicroBatch:
         which a GPU adds does not show."""
         zeros_S = x_N.new_zeros(self.sequences, dtype=torch.float64)
         sums_S = zeros_S.index_add(0, self.sequence_N, x_N.double())
-        return sums_S[self.sequence_N].to(x_N.dtype)
+        # Plain indexing would add gradients up in whatever order threads come by.
+        return sums_S.index_select(0, self.sequence_N).to(x_N.dtype)
 
     def mean_N(self, x_N: torch.Tensor) -> torch.Tensor:
         """The mean of `x_N` over each token's sequence, [N]."""
