@@ -86,7 +86,7 @@ def make_updates(
     as if it had been computed. `version` is that of the weights that learn.
     """
     count = min(config.learner.updates, len(groups))
-    updates = []
+    updates: list[tuple[list[TrainSequence], Totals]] = []
     for part in range(count):
         sequences: list[TrainSequence] = []
         tokens = rows = trained_rows = 0
@@ -98,7 +98,7 @@ def make_updates(
             for rollout, a, keep in zip(group.rollouts, group.advantage, kept, strict=True):
                 if not keep:
                     continue
-                sequence = _sequence(rollout, float(a), version)
+                sequence = _sequence(rollout, float(a), version + len(updates))
                 tokens += sequence.trained_tokens
                 rows += 1
                 trained_rows += sequence.trained_tokens > 0

@@ -49,7 +49,7 @@ SKIPS = 3
 class Progress:
     """Where a run is: `state.json` of a checkpoint. `evaluated` is the accuracy at `step` on the
     first evaluation set; `best_step` has the highest of the checkpoints. `skipped` counts the
-    optimizer steps in a row whose gradient was not finite."""
+    steps in a row without a finite gradient."""
 
     step: int = 0
     version: int = 0
@@ -174,10 +174,10 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
             if run.colocated:
                 run.engines.sleep()
             learned = run.learner.learn(updates, knobs)
-            progress.version += len(updates)
+            progress.version += sum(not result.same["skipped"] for result in learned.results)
             metrics |= measures.of_updates(learned, updates, knobs)
             metrics |= measures.of_speed(learned, config.learner.workers, run.peak_flops)
-            _count_skipped(run, step, metrics)
+            _count_skipped(run, step, metrics["policy/skipped"])
             if run.colocated:
                 run.engines.wake()
         else:
@@ -198,16 +198,15 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
     return metrics | {"tokens/so_far": progress.tokens, "version": progress.version}
 
 
-def _count_skipped(run: Run, step: int, metrics: dict[str, float]) -> None:
-    """One gradient that overflows is skipped and said; three steps of them are no accident."""
-    progress = run.progress
-    progress.skipped = progress.skipped + 1 if metrics["policy/skipped"] else 0
-    if progress.skipped:
+def _count_skipped(run: Run, step: int, share: float) -> None:
+    """A gradient that overflows is skipped and said; three whole steps of them are no accident."""
+    if share:
         run.tracker.message(
             f"step {step}: a gradient was not finite; its optimizer step was skipped, weights and "
             "optimizer are as they were"
         )
-    if progress.skipped >= SKIPS:
+    run.progress.skipped = run.progress.skipped + 1 if share == 1.0 else 0
+    if run.progress.skipped >= SKIPS:
         raise RftError(
             f"steps {step - SKIPS + 1} to {step}: no gradient was finite; lower learner.lr, or "
             "set model.dtype=float32. The last checkpoint is good"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import defaultdict
 from collections.abc import Sequence
 from typing import Any
 
@@ -65,13 +66,15 @@ def of_updates(
     tokens = sum(s.trained_tokens for sequences, _ in updates for s in sequences)
     total = {name: sum(s.get(name, 0.0) for s in sums) for name in names}
 
-    every = [result.same for result in learned.results]
-    same = {name: float(np.mean([one[name] for one in every])) for name in every[0]}
+    same: dict[str, list[float]] = defaultdict(list)
+    for result in learned.results:
+        for name, value in result.same.items():
+            same[name].append(value)
     metrics = {
         "policy/loss": total["loss"] / len(sums),
         "policy/entropy": total["entropy"] / tokens,
         "policy/clip_fraction": total["clip_fraction"] / tokens,
-        **{f"policy/{name}": value for name, value in same.items()},
+        **{f"policy/{name}": float(np.mean(values)) for name, values in same.items()},
         "policy/lr": knobs.lr,
         "mismatch/kl": total["mismatch_kl"] / tokens,
         "mismatch/max_abs": float(np.max([s["mismatch_max"] for s in sums])),

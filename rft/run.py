@@ -77,7 +77,10 @@ def _load_and_train(config: Config, stop: Stop) -> int:
         check_files(config)
     shapers = make_shapers(config)
     controls = Controls(config, vocabulary(config.model.path))
+    # What the keys of parts cannot be shows before anything expensive starts.
     make_transforms(config)
+    build(config.objective)
+    build(config.advantage)
     pool, evaluation = run_pools(config, [*shapers.values()], notes.append)
     scheduler = config.scheduler
     setup = Setup(pool_view(pool), config.tasks_per_step, config.rollouts_per_task, config.seed)

@@ -114,6 +114,7 @@ class Ranks:
             "max_grad_norm": 0.0,
             "mismatch_limit": 0.0,
             "seed": 3,
+            "updates": 1,
             "optimizer_steps": 10,
             "objective": objective or loss(),
             "lora": None,
@@ -185,7 +186,7 @@ def weights(of: Learner) -> Weights:
     bundle, receipt = of.publish(1)
     found = bundle.result()
     assert receipt == Receipt(1, found.checksum)
-    return {name: tensor.numpy().copy() for name, tensor in unpack(found)}
+    return {name: tensor.float().numpy().copy() for name, tensor in unpack(found)}
 
 
 def learn(

@@ -196,11 +196,10 @@ def poisoned(**keys: Any) -> Updates:
 
 
 @pytest.mark.parametrize("value", [float("nan"), float("-inf")])
-@pytest.mark.parametrize("world", ["alone", "pair"])
 def test_a_log_prob_that_is_no_number_is_named_and_nothing_learnt(
-    request: pytest.FixtureRequest, tiny_model: Path, value: float, world: str
+    alone: Ranks, tiny_model: Path, value: float
 ) -> None:
-    learner = request.getfixturevalue(world).learner(tiny_model, 2)
+    learner = alone.learner(tiny_model, 2)
     before = weights(learner)
     logp = sequences()[3].behaviour_logp.copy()
     logp[1] = value
@@ -211,21 +210,47 @@ def test_a_log_prob_that_is_no_number_is_named_and_nothing_learnt(
     assert_equal(weights(learner), before)
 
 
+@pytest.mark.parametrize("stage", [1, 3])
+def test_weights_that_are_no_numbers_stop_all_ranks_alike(
+    pair: Ranks, tiny_model: Path, stage: int
+) -> None:
+    """One rank alone sees it, and neither waits for the other."""
+    learner = pair.learner(tiny_model, stage, token_budget=20)
+    pair.inside(_break_on_rank_1)
+    with pytest.raises(RftError, match=r"the learner's log-prob of a token of task r-test is nan"):
+        learn(learner, batch())
+
+
+def _break_on_rank_1(worker: LearnerWorker) -> None:
+    def spoil(module: Any, inputs: Any, hidden: torch.Tensor) -> torch.Tensor:
+        return hidden * float("nan")
+
+    if worker._rank == 1:
+        worker._hf.model.norm.register_forward_hook(spoil)
+
+
 def test_an_advantage_that_is_no_number_is_named(alone: Ranks, tiny_model: Path) -> None:
     learner = alone.learner(tiny_model)
-    with pytest.raises(RftError, match="the advantage of a token of task r-bad is inf"):
+    with pytest.raises(RftError, match="the advantage of a rollout of task r-bad is inf"):
         learn(learner, poisoned(advantage=float("inf")))
 
 
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    ("stage", "keys"),
+    [
+        *((stage, {}) for stage in STAGES),
+        *((stage, {"dtype": "bfloat16"}) for stage in (1, 3)),
+        *((stage, {"dtype": "bfloat16", "offload": "optimizer"}) for stage in (1, 2, 3)),
+    ],
+)
 def test_a_gradient_that_overflows_is_skipped_and_poisons_nothing(
-    pair: Ranks, tiny_model: Path, stage: int
+    pair: Ranks, tiny_model: Path, stage: int, keys: dict[str, Any]
 ) -> None:
-    learner = pair.learner(tiny_model, stage)
+    learner = pair.learner(tiny_model, stage, **keys)
     learn(learner, batch(seed=0))
     learn(learner, batch(seed=1))
     expected = weights(learner)
-    learner = pair.learner(tiny_model, stage)
+    learner = pair.learner(tiny_model, stage, **keys)
     learn(learner, batch(seed=0))
     before = weights(learner)
     ((rows, counts),) = poisoned(advantage=3e38)

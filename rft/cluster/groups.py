@@ -108,8 +108,10 @@ class Learner:
     def learn(self, updates: Sequence[tuple[list[TrainSequence], Totals]], knobs: Knobs) -> Learned:
         """One optimizer step per update; sums over all ranks, and rank 0's seconds.
 
-        Raises `RftError` for what may not be learnt from; the optimizer has taken no step on it.
+        Raises `RftError` for what may not be learnt from, before the optimizer takes a step on it.
         """
+        for sequences, _ in updates:
+            _check(sequences, knobs.step)
         packing = Packing(
             self._layout,
             self.facts.layouts,
@@ -129,11 +131,11 @@ class Learner:
         pending = [h.call("learn", s, knobs) for h, s in zip(self._handles, shares, strict=True)]
         ranks: list[Learned] = self._gather(pending, "an optimizer step")
         results = [_merge(list(of)) for of in zip(*(r.results for r in ranks), strict=True)]
-        for result in results:
+        for taken, result in enumerate(results):
             if result.fault:
                 raise RftError(
-                    f"step {knobs.step}: {result.fault}. Nothing was learnt from it: the last "
-                    "checkpoint is good"
+                    f"step {knobs.step}: {result.fault}. {taken} of its {len(updates)} optimizer "
+                    "steps were taken; the last checkpoint is good"
                 )
         return Learned(
             results,
@@ -277,6 +279,22 @@ def prove(
             )
         worst = max(worst, gap)
     return worst
+
+
+def _check(sequences: Sequence[TrainSequence], step: int) -> None:
+    """Raise `RftError` for a rollout that brings something that is not a number."""
+    for s in sequences:
+        bad = s.behaviour_logp[~np.isfinite(s.behaviour_logp)]
+        if len(bad):
+            raise RftError(
+                f"step {step}: the engine's log-prob of a token of task {s.task} is {bad[0]}. "
+                "Nothing was learnt from it; the last checkpoint is good"
+            )
+        if not np.isfinite(s.advantage):
+            raise RftError(
+                f"step {step}: the advantage of a rollout of task {s.task} is {s.advantage}. "
+                "Nothing was learnt from it; the last checkpoint is good"
+            )
 
 
 def _merge(ranks: list[Result]) -> Result:

@@ -208,6 +208,7 @@ def learner_settings(config: Config, device: str) -> LearnerSettings:
         max_grad_norm=learner.max_grad_norm,
         mismatch_limit=learner.mismatch_limit,
         seed=derive(config.seed, "learner") % 2**31,
+        updates=learner.updates,
         optimizer_steps=config.steps * learner.updates,
         objective=config.objective,
         lora=learner.lora,

@@ -128,6 +128,14 @@ def _warnings(config: Config) -> Iterator[tuple[bool, str, str]]:
     clip, correction = name_of(loss.get("clip")), name_of(loss.get("correction"))
     ratio, aggregation = loss.get("ratio", "token"), loss.get("aggregation", "token_mean")
     sequence = ratio == "sequence"
+    whiten = loss.get("whiten") or {}
+    yield (
+        "kl_scale" in config.controllers
+        and not loss.get("kl")
+        and not whiten.get("kl_coef", whiten.get("coef")),
+        "controllers.kl_scale with an objective without KL",
+        "it has nothing to scale",
+    )
     yield (
         sequence and aggregation != "sequence_mean",
         f"objective.ratio=sequence with aggregation={aggregation}",

@@ -57,6 +57,7 @@ AT_LEAST: dict[str, float] = {
     "learner.mismatch_limit": 0,
     "learner.warmup_steps": 0,
     "learner.max_grad_norm": 0,
+    "learner.weight_decay": 0,
     "learner.updates": 1,
     "learner.port": 0,
     "learner.deadline": 1,
@@ -123,8 +124,9 @@ def _values(config: Config) -> None:
         value = get(config, key)
         if not 0 < value < float("inf"):
             raise RftError(f"{key}={value} must be a positive number")
-    if not all(0.0 <= beta < 1.0 for beta in config.learner.betas):
-        raise RftError(f"learner.betas={list(config.learner.betas)} must lie in [0, 1)")
+    betas = list(config.learner.betas)
+    if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
+        raise RftError(f"learner.betas={betas} must be two numbers in [0, 1)")
     if config.learner.zero_stage > 3:
         raise RftError(f"learner.zero_stage={config.learner.zero_stage}; DeepSpeed has 0 to 3")
     name = config.name
@@ -161,16 +163,26 @@ def _learner(config: Config) -> None:
             f"learner.min_lr={learner.min_lr} is over learner.lr={learner.lr}; the schedule goes "
             "down from lr to min_lr"
         )
-    if model.liger:
-        if resolve_device(config.cluster, planning=config.dry_run) != "cuda":
-            raise RftError("model.liger=true needs a CUDA GPU; leave it false on CPU")
-        if importlib.util.find_spec("liger_kernel") is None:
-            raise RftError("model.liger=true needs liger-kernel; install rft[gpu]")
     if learner.layout == "shared" and model.attention == "flash_attention_2":
         raise RftError(
             "learner.layout=shared needs a mask, which model.attention=flash_attention_2 does not "
             "take; set learner.layout=packed, or model.attention=sdpa"
         )
+    wants = {
+        "model.liger=true": (model.liger, "liger_kernel", "liger-kernel"),
+        "model.attention=flash_attention_2": (
+            model.attention == "flash_attention_2",
+            "flash_attn",
+            "flash-attn",
+        ),
+    }
+    for key, (wanted, module, package) in wants.items():
+        if not wanted:
+            continue
+        if resolve_device(config.cluster, planning=config.dry_run) != "cuda":
+            raise RftError(f"{key} needs a CUDA GPU; leave it out on CPU")
+        if not config.dry_run and importlib.util.find_spec(module) is None:
+            raise RftError(f"{key} needs {package}, which is not installed")
 
 
 def _machine(config: Config, training: bool) -> None:

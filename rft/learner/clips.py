@@ -11,9 +11,11 @@ from typing import Literal
 
 import torch
 
+from rft.learner.keys import Keys
 from rft.learner.micro_batch import Gather, MicroBatch, bounded, sum_over_ranks
 
 Clipped = tuple[torch.Tensor, torch.Tensor]
+PLACE = "objective.clip"
 
 
 class Clip:
@@ -41,6 +43,12 @@ class Ppo(Clip):
     """
 
     def __init__(self, *, low: float = 0.2, high: float = 0.2, dual: float | None = None) -> None:
+        keys = Keys(PLACE, self)
+        keys.number("[0, 1]", low=low)
+        keys.number("[0, inf]", high=high)
+        if dual is not None:
+            keys.number("(1, inf)", dual=dual)
+            keys.require(dual > 1.0 + high, "dual must be above 1 + high", dual=dual, high=high)
         self._low, self._high, self._dual = 1.0 - low, 1.0 + high, dual
 
     def __call__(self, batch: MicroBatch, log_ratio_N: torch.Tensor) -> Clipped:
@@ -62,6 +70,11 @@ class Cispo(Clip):
     """
 
     def __init__(self, *, cap: float = 5.0, floor: float | None = None) -> None:
+        keys = Keys(PLACE, self)
+        keys.number("(0, inf]", cap=cap)
+        if floor is not None:
+            keys.number("[0, inf)", floor=floor)
+            keys.require(floor <= cap, "floor must not be above cap", floor=floor, cap=cap)
         self._cap, self._floor = cap, floor
 
     def __call__(self, batch: MicroBatch, log_ratio_N: torch.Tensor) -> Clipped:
@@ -85,6 +98,9 @@ class Aepo(Clip):
     """
 
     def __init__(self, *, low: float = 0.2, high: float = 0.28) -> None:
+        keys = Keys(PLACE, self)
+        keys.number("[0, 1]", low=low)
+        keys.number("[0, inf)", high=high)
         self._low, self._high = 1.0 - low, 1.0 + high
 
     def __call__(self, batch: MicroBatch, log_ratio_N: torch.Tensor) -> Clipped:
@@ -126,6 +142,17 @@ class Bapo(Clip):
         mass: Literal["gradient", "literal"] = "gradient",
         first: Literal["high", "low"] = "high",
     ) -> None:
+        keys = Keys(PLACE, self)
+        keys.number("[0, 1]", low=low, low_limit=low_limit, target=target)
+        keys.number("[1, inf)", high=high, high_limit=high_limit)
+        keys.number("(0, inf)", low_step=low_step, high_step=high_step)
+        keys.choice(("gradient", "literal"), mass=mass)
+        keys.choice(("high", "low"), first=first)
+        rises = "the search goes up from {0} to {0}_limit"
+        keys.require(low <= low_limit, rises.format("low"), low=low, low_limit=low_limit)
+        keys.require(high <= high_limit, rises.format("high"), high=high, high_limit=high_limit)
+        mend = "low_limit must be below high"
+        keys.require(low_limit < high, mend, low_limit=low_limit, high=high)
         self._lows = _steps(low, low_limit, low_step)
         self._highs = _steps(high, high_limit, high_step)
         self._target, self._mass, self._first = target, mass, first
@@ -188,6 +215,7 @@ class Mix(Clip):
     """
 
     def __init__(self, *, epsilon: float = 0.2) -> None:
+        Keys(PLACE, self).number("(0, 1]", epsilon=epsilon)
         self._epsilon = epsilon
 
     def __call__(self, batch: MicroBatch, log_ratio_N: torch.Tensor) -> Clipped:

@@ -12,9 +12,11 @@ from typing import Literal
 
 import torch
 
+from rft.learner.keys import Keys
 from rft.learner.micro_batch import MicroBatch, bounded
 
 Corrected = tuple[torch.Tensor, torch.Tensor]
+PLACE = "objective.correction"
 
 
 class Correction:
@@ -42,6 +44,11 @@ class TokenTruncated(Correction):
     clamp from below as well: `floor`."""
 
     def __init__(self, *, cap: float = 2.0, floor: float | None = None) -> None:
+        keys = Keys(PLACE, self)
+        keys.number("(0, inf]", cap=cap)
+        if floor is not None:
+            keys.number("[0, inf)", floor=floor)
+            keys.require(floor <= cap, "floor must not be above cap", floor=floor, cap=cap)
         self._cap, self._floor = cap, floor
 
     def __call__(self, batch: MicroBatch) -> Corrected:
@@ -54,6 +61,7 @@ class IcePop(Correction):
     """ρ if low <= ρ <= high, and otherwise 0: the token is dropped (Ring-1T, arXiv 2510.18855)."""
 
     def __init__(self, *, low: float = 0.5, high: float = 5.0) -> None:
+        _window(self, low, high)
         self._low, self._high = low, high
 
     def __call__(self, batch: MicroBatch) -> Corrected:
@@ -66,6 +74,7 @@ class SequenceTruncated(Correction):
     """min(product of ρ over the sequence, cap), the same for all its tokens."""
 
     def __init__(self, *, cap: float = 2.0) -> None:
+        Keys(PLACE, self).number("(0, inf]", cap=cap)
         self._cap = cap
 
     def __call__(self, batch: MicroBatch) -> Corrected:
@@ -77,6 +86,7 @@ class SequenceMask(Correction):
     """The product of ρ over the sequence, and 0 where that is above `max`. TRL's default."""
 
     def __init__(self, *, max: float = 3.0) -> None:
+        Keys(PLACE, self).number("(0, inf]", max=max)
         self._max = max
 
     def __call__(self, batch: MicroBatch) -> Corrected:
@@ -95,6 +105,8 @@ class GeometricMask(Correction):
     def __init__(
         self, *, low: float = 0.5, high: float = 5.0, weight: Literal["token", "one"] = "token"
     ) -> None:
+        _window(self, low, high)
+        Keys(PLACE, self).choice(("token", "one"), weight=weight)
         self._low, self._high, self._weight = low, high, weight
 
     def __call__(self, batch: MicroBatch) -> Corrected:
@@ -102,3 +114,10 @@ class GeometricMask(Correction):
         dropped_N = (mean_N < self._low) | (mean_N > self._high)
         weight_N = token_ratio_N(batch) if self._weight == "token" else torch.ones_like(mean_N)
         return weight_N.masked_fill(dropped_N, 0.0), dropped_N
+
+
+def _window(correction: Correction, low: float, high: float) -> None:
+    keys = Keys(PLACE, correction)
+    keys.number("[0, inf)", low=low)
+    keys.number("(0, inf]", high=high)
+    keys.require(low <= high, "low must not be above high", low=low, high=high)

@@ -77,8 +77,15 @@ class Engine:
         for group in self.deepspeed.optimizer.param_groups:
             group["lr"] = lr
         self.deepspeed.step()
-        norm = self._norm if self._plain else self.deepspeed.get_global_grad_norm()
-        return float(norm or 0.0)
+        if self._plain:
+            return self._norm
+        norm = float(self.deepspeed.get_global_grad_norm() or 0.0)
+        kept = getattr(self.deepspeed.optimizer, "averaged_gradients", None)
+        if not math.isfinite(norm) and kept is not None:
+            # With offloading DeepSpeed passes over the step and keeps its gradient for the next.
+            for group in kept:
+                kept[group] = None
+        return norm
 
     def _clip(self, *_: Any) -> None:
         """Without ZeRO DeepSpeed clips float32 gradients but does not tell their norm, and takes a

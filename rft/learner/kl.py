@@ -12,10 +12,12 @@ from typing import Literal
 
 import torch
 
+from rft.learner.keys import Keys
 from rft.learner.micro_batch import bounded
 from rft.records import Knobs
 
 Form = Literal["k1", "k2", "k3"]
+PLACE = "objective.kl"
 
 
 def k1(logp_N: torch.Tensor, reference_N: torch.Tensor) -> torch.Tensor:
@@ -56,6 +58,10 @@ class Kl(KlTerm):
     """
 
     def __init__(self, *, form: Form = "k3", coef: float, every: int = 0) -> None:
+        keys = Keys(PLACE, self)
+        keys.choice(FORMS, form=form)
+        keys.number("(0, inf)", coef=coef)
+        keys.whole("[0, inf)", every=every)
         self.every = every
         self._form, self._coef = FORMS[form], coef
 
@@ -85,6 +91,13 @@ class ConvexKl(KlTerm):
         decay: float = 0.1,
         least: float = 0.5,
     ) -> None:
+        keys = Keys(PLACE, self)
+        keys.choice(("base", "previous"), to=to)
+        keys.choice(FORMS, form=form)
+        keys.number("(0, inf)", coef=coef)
+        keys.number("[0, 1]", decay=decay, least=least)
+        keys.whole("[0, inf)", start=start)
+        keys.whole("[1, inf)", period=period)
         self.every = 0 if to == "base" else 1
         self._form, self._coef = FORMS[form], coef
         self._start, self._period, self._decay, self._least = start, period, decay, least

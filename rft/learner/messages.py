@@ -41,6 +41,7 @@ class LearnerSettings:
     max_grad_norm: float
     mismatch_limit: float
     seed: int
+    updates: int
     optimizer_steps: int
     objective: dict[str, Any]
     lora: dict[str, Any] | None

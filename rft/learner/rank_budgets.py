@@ -116,7 +116,8 @@ class AdaLora(RankBudget):
     (11). A component's is that of e_i plus the means over a_i and b_i (8). The number of components
     falls along a cubic (12) from the share `warmup` of the run's optimizer steps to the last share
     `final`, and is enforced every `every` of them: what is pruned may grow back until the next
-    time. `orthogonality` weighs ||b'b - I||^2 + ||aa' - I||^2, summed over weights (4).
+    time. `orthogonality` weighs ||b'b - I||^2 + ||aa' - I||^2, the mean over weights (4,
+    where it is the sum, which would drown a deep model's gradient in a clipped norm).
 
     Deviations: which components the last share trains is settled at its start, as in peft.
     `every` is small, as reinforcement learning takes few optimizer steps.
@@ -207,7 +208,7 @@ class AdaLora(RankBudget):
             for gram_RR in (a_RI @ a_RI.T, b_OR.T @ b_OR):
                 one_RR = gram_RR.new_ones(len(gram_RR)).diag()
                 total = total + (gram_RR - one_RR).square().sum()
-        return self._orthogonality * total
+        return self._orthogonality * total / len(layers)
 
     def state(self) -> dict[str, Any]:
         return super().state() | {

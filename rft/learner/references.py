@@ -6,7 +6,8 @@ from collections.abc import Callable, Iterable, Sequence
 from pathlib import Path
 
 import torch
-from safetensors.torch import load_file, save_file
+from safetensors import safe_open
+from safetensors.torch import save_file
 
 from rft.learner.logprobs import TokenLogProbs
 from rft.learner.rows import RowTensors
@@ -23,6 +24,8 @@ class References:
     ) -> None:
         self._periods, self._device = tuple(periods), device
         self._models = [load().eval().requires_grad_(False).to("cpu") for _ in periods]
+        self._refreshed = [0 for _ in periods]
+        """How many periods were over when each was last refreshed."""
 
     @torch.no_grad()
     def logprobs(
@@ -38,8 +41,11 @@ class References:
         return [tuple(scores) for scores in found]
 
     def refresh(self, step: int, weights: Callable[[], Weights]) -> None:
-        """Take the policy's weights where their period has come; all ranks call."""
-        due = [m for m, n in zip(self._models, self._periods, strict=True) if n and step % n == 0]
+        """Take the policy's weights where a period is over; all ranks call."""
+        over = [step // n if n else 0 for n in self._periods]
+        late = zip(self._models, over, self._refreshed, strict=True)
+        due = [model for model, now, before in late if now > before]
+        self._refreshed = over
         if due:
             for name, value in weights():  # by the model's own names
                 for model in due:
@@ -47,17 +53,21 @@ class References:
 
     def save(self, folder: Path) -> None:
         """Write those that are not the run's first weights."""
-        for period, model in zip(self._periods, self._models, strict=True):
+        for period, model, periods in zip(
+            self._periods, self._models, self._refreshed, strict=True
+        ):
             if period:
                 weights = {n: p.contiguous() for n, p in model.model.named_parameters()}
-                save_file(weights, folder / _name(period))
+                save_file(weights, folder / _name(period), metadata={"periods": str(periods)})
 
     def load(self, folder: Path) -> None:
         """Take back what `save` wrote."""
-        for period, model in zip(self._periods, self._models, strict=True):
+        for i, (period, model) in enumerate(zip(self._periods, self._models, strict=True)):
             if period:
-                for name, value in load_file(folder / _name(period)).items():
-                    model.model.get_parameter(name).data.copy_(value)
+                with safe_open(folder / _name(period), framework="pt") as file:
+                    self._refreshed[i] = int(file.metadata()["periods"])
+                    for name in file.keys():  # noqa: SIM118
+                        model.model.get_parameter(name).data.copy_(file.get_tensor(name))
 
 
 def _name(period: int) -> str:

@@ -12,8 +12,11 @@ from collections.abc import Sequence
 
 import torch
 
+from rft.learner.keys import Keys
 from rft.learner.micro_batch import Gather, MicroBatch, joined, mean_and_variance, sum_over_ranks
 from rft.records import Knobs
+
+PLACE = "objective.weighters"
 
 
 class Weighter:
@@ -42,6 +45,7 @@ class TopKEntropy(Weighter):
     adapts = True
 
     def __init__(self, *, share: float = 0.2) -> None:
+        Keys(PLACE, self).number("(0, 1]", share=share)
         self._share, self._threshold = share, float("-inf")
 
     def adapt(
@@ -65,6 +69,7 @@ class TopKAdvantageEntropy(Weighter):
     adapts = True
 
     def __init__(self, *, start: float = 0.2, end: float = 0.9) -> None:
+        Keys(PLACE, self).number("(0, 1]", start=start, end=end)
         self._start, self._end, self._threshold = start, end, float("-inf")
 
     def adapt(
@@ -82,6 +87,7 @@ class VersionMask(Weighter):
     """0 for tokens emitted more than `max_age` optimizer steps ago, and otherwise 1."""
 
     def __init__(self, *, max_age: int) -> None:
+        Keys(PLACE, self).whole("[0, inf)", max_age=max_age)
         self._max_age = max_age
 
     def __call__(self, batch: MicroBatch) -> torch.Tensor:
@@ -98,6 +104,7 @@ class EntropyScale(Weighter):
     adapts = True
 
     def __init__(self, *, coef: float = 0.2) -> None:
+        Keys(PLACE, self).number("[0, inf)", coef=coef)
         self._coef, self._mean, self._std = coef, 0.0, 1.0
 
     def adapt(

@@ -6,9 +6,12 @@ from collections.abc import Sequence
 
 import torch
 
+from rft.learner.keys import Keys
 from rft.learner.kl import k1
 from rft.learner.micro_batch import Gather, MicroBatch, mean_and_variance, sum_over_ranks
 from rft.records import Knobs
+
+PLACE = "objective.whiten"
 
 
 class Preparation:
@@ -34,6 +37,8 @@ class Whiten(Preparation):
     """
 
     def __init__(self, *, ddof: int = 1, kl_coef: float = 0.0) -> None:
+        Keys(PLACE, self).whole("[0, 1]", ddof=ddof)
+        Keys(PLACE, self).number("[0, inf)", kl_coef=kl_coef)
         self._ddof, self._kl_coef = ddof, kl_coef
         self.needs_reference = kl_coef != 0.0
 
@@ -73,6 +78,7 @@ class KlReward(Preparation):
     needs_reference = True
 
     def __init__(self, *, coef: float = 0.05) -> None:
+        Keys(PLACE, self).number("(0, inf)", coef=coef)
         self._coef = coef
 
     def prepare(

@@ -136,8 +136,10 @@ class LearnerWorker:
             with self._timed("old"):
                 self._prepare(batches, knobs)
         results = []
-        for step, update in zip(steps, updates, strict=True):
-            results.append(self._update(step, update.totals, knobs))
+        for i, (step, update) in enumerate(zip(steps, updates, strict=True)):
+            # Where a run stands in the schedule of its adapters: steps without a signal pass too.
+            position = (knobs.step - 1) * self._settings.updates + i
+            results.append(self._update(step, update.totals, knobs, position))
             if results[-1].fault:
                 break
         return Learned(
@@ -252,6 +254,11 @@ class LearnerWorker:
             weight_decay=s.weight_decay,
             max_grad_norm=s.max_grad_norm,
         )
+        if self._lora is not None and any(self._objective.references):
+            raise RftError(
+                "learner.lora and a reference that is refreshed do not go together: with adapters "
+                "the reference is the base model itself"
+            )
         # Without its adapters a policy is the one that it began with.
         frozen = self._objective.references if self._lora is None else ()
         self._references = References(frozen, load, self._device)
@@ -309,7 +316,9 @@ class LearnerWorker:
             for i, advantage_N in zip(kept, made, strict=True):
                 batches[i].advantage_N = advantage_N
 
-    def _update(self, batches: Sequence[_Batch], totals: Totals, knobs: Knobs) -> Result:
+    def _update(
+        self, batches: Sequence[_Batch], totals: Totals, knobs: Knobs, position: int
+    ) -> Result:
 
         sums: dict[str, float] = defaultdict(float)
         result = Result()
@@ -323,8 +332,7 @@ class LearnerWorker:
         with self._timed("update"):
             penalty = None
             if self._lora is not None:
-                last = self._settings.optimizer_steps
-                penalty = self._lora.penalty(self._hf, self._steps, last)
+                penalty = self._lora.penalty(self._hf, position, self._settings.optimizer_steps)
             for batch in batches:
                 logp_N, entropy_N = self._forward(batch, knobs)
                 seen_one = _micro_batch(batch, logp_N, entropy_N)
@@ -343,7 +351,7 @@ class LearnerWorker:
                 extra |= {
                     "loss": share,
                     "entropy": entropy_N.sum(),
-                    "mismatch_kl": (gap_N.exp() - gap_N - 1.0).sum(),
+                    "mismatch_kl": (gap_N.expm1() - gap_N).double().clamp_min(0.0).sum(),
                     "tokens": torch.tensor(gap_N.numel()),
                 }
                 for name, value in extra.items():
@@ -354,12 +362,12 @@ class LearnerWorker:
             others = self._stop(result.fault, sums)  # collective: whatever this rank found
             result.fault = result.fault or others
             if not result.fault:
-                result.same |= self._step(knobs.lr)
+                result.same |= self._step(knobs.lr, position)
         if self._speaks:
             result.sums = dict(sums)
         return result
 
-    def _step(self, lr: float) -> dict[str, float]:
+    def _step(self, lr: float, position: int) -> dict[str, float]:
         """Take the optimizer step, if its gradient is finite, and let adapters lose ranks."""
         from deepspeed.utils import (
             safe_get_full_fp32_param,
@@ -370,7 +378,7 @@ class LearnerWorker:
         watched = self._watched()
         norm = self._engine.step(lr)
         if not np.isfinite(norm):
-            return {"grad_norm": 0.0, "skipped": 1.0}
+            return {"skipped": 1.0}
         metrics: dict[str, float] = {}
         if self._lora is not None:
             beta = self._settings.betas[0]
@@ -381,7 +389,7 @@ class LearnerWorker:
                 after: torch.Tensor = safe_get_full_optimizer_state(parameter, "exp_avg")
                 return (after - beta * before) / (1.0 - beta)
 
-            at = (self._hf, self._steps, self._settings.optimizer_steps)
+            at = (self._hf, position, self._settings.optimizer_steps)
             self._lora.observe(*at, gradient, lambda p: watched[p][0])
             metrics = self._lora.after_step(*at, safe_get_full_fp32_param, safe_set_full_fp32_param)
         self._steps += 1
@@ -495,10 +503,9 @@ def _fault(batch: _Batch, seen: MicroBatch, loss: torch.Tensor) -> str:
 
     named = {
         "the learner's log-prob": seen.logp_N,
-        "the engine's log-prob": seen.behaviour_N,
         "the old log-prob": seen.old_N,
-        "the advantage": seen.advantage_N,
         **{f"reference {i}'s log-prob": r for i, r in enumerate(seen.references)},
+        "the advantage that the objective made": seen.advantage_N,
     }
     if bool(torch.stack([t.isfinite().all() for t in [*named.values(), loss]]).all()):
         return ""
