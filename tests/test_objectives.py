@@ -8,9 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import re
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from functools import cache
+from importlib import import_module
+from inspect import signature
 from pathlib import Path
 from threading import Barrier
 from typing import Any
@@ -608,11 +611,11 @@ def test_tokens_of_old_weights_are_left_out_but_counted() -> None:
 
 def test_neither_weighters_nor_corrections_weigh_kl() -> None:
     """All tokens are too old and dropped: KL is what is left."""
-    keys: Part = {"weighters": {"age": part("weighters", "VersionMask", max_age=-1)}}
+    batch = two_sequences(TOKENS["adv_simple"])
+    batch = dataclasses.replace(batch, age_N=torch.ones_like(batch.age_N))
+    keys: Part = {"weighters": {"age": part("weighters", "VersionMask", max_age=0)}}
     for more in (keys, {"correction": part("corrections", "IcePop", low=1e3, high=1e4)}):
-        loss, _ = PolicyLoss(**dapo(kl=K3, **more))(
-            two_sequences(TOKENS["adv_simple"]), TOTALS, KNOBS
-        )
+        loss, _ = PolicyLoss(**dapo(kl=K3, **more))(batch, TOTALS, KNOBS)
         assert loss.item() == pytest.approx(0.04 * np.mean(flat(TOKENS["k3"])))
 
 
@@ -935,6 +938,145 @@ def test_on_policy_every_preset_ascends_the_reward(choice: tuple[str, ...]) -> N
     assert batch.logp_N.grad is not None
     close(batch.logp_N.grad, -batch.advantage_N.numpy() / factors)
     assert sums["clip_fraction"] == 0
+
+
+# ---- keys
+
+NAN, INF = float("nan"), float("inf")
+NEITHER: list[object] = [NAN, -INF, "0.5", True, None]  # no number that any key takes
+BOUND = [*NEITHER, -0.1, 1.1]
+ABOVE_ONE = [*NEITHER, 0.9, INF]
+POSITIVE = [*NEITHER, 0.0, -1.0]
+NOT_NEGATIVE = [*NEITHER, -0.1]
+WHOLE = [*NEITHER, -1, 1.5]
+SHARE = [*NEITHER, 0.0, -3.0, 1.1]
+NO_WEIGHT = [*POSITIVE, INF]
+WORD: list[object] = ["K3", None, 3]
+
+
+def or_none(values: list[object]) -> list[object]:
+    return [value for value in values if value is not None]
+
+
+# For each key what it cannot be, beside the keys that must be given.
+KEYS: dict[tuple[str, str], tuple[Part, dict[str, list[object]]]] = {
+    ("clips", "Ppo"): (
+        {},
+        {"low": BOUND, "high": NOT_NEGATIVE, "dual": or_none([*NEITHER, 1.0, 1.2, INF])},
+    ),
+    ("clips", "Cispo"): (
+        {},
+        {"cap": POSITIVE, "floor": or_none([*NOT_NEGATIVE, 5.1, INF])},
+    ),
+    ("clips", "Reinforce"): ({}, {}),
+    ("clips", "Aepo"): ({}, {"low": BOUND, "high": [*NOT_NEGATIVE, INF]}),
+    ("clips", "Bapo"): (
+        {},
+        {
+            "low": [*BOUND, 0.91],
+            "low_limit": [*BOUND, 0.59],
+            "low_step": NO_WEIGHT,
+            "high": [*ABOVE_ONE, 3.1],
+            "high_limit": [*ABOVE_ONE, 1.19],
+            "high_step": NO_WEIGHT,
+            "target": BOUND,
+            "mass": WORD,
+            "first": WORD,
+        },
+    ),
+    ("clips", "Mix"): ({}, {"epsilon": SHARE}),
+    ("corrections", "TokenTruncated"): (
+        {},
+        {"cap": POSITIVE, "floor": or_none([*NOT_NEGATIVE, 2.1, INF])},
+    ),
+    ("corrections", "IcePop"): (
+        {},
+        {"low": [*NOT_NEGATIVE, 5.1, INF], "high": [*POSITIVE, 0.49]},
+    ),
+    ("corrections", "SequenceTruncated"): ({}, {"cap": POSITIVE}),
+    ("corrections", "SequenceMask"): ({}, {"max": POSITIVE}),
+    ("corrections", "GeometricMask"): (
+        {},
+        {"low": [*NOT_NEGATIVE, 5.1, INF], "high": [*POSITIVE, 0.49], "weight": WORD},
+    ),
+    ("weighters", "TopKEntropy"): ({}, {"share": SHARE}),
+    ("weighters", "TopKAdvantageEntropy"): ({}, {"start": SHARE, "end": SHARE}),
+    ("weighters", "VersionMask"): ({"max_age": 1}, {"max_age": WHOLE}),
+    ("weighters", "EntropyScale"): ({}, {"coef": [*NOT_NEGATIVE, INF]}),
+    ("weighters", "SequenceEntropy"): ({}, {}),
+    ("kl", "Kl"): ({"coef": 0.1}, {"form": WORD, "coef": NO_WEIGHT, "every": WHOLE}),
+    ("kl", "ConvexKl"): (
+        {"to": "base", "coef": 0.1},
+        {
+            "to": WORD,
+            "coef": NO_WEIGHT,
+            "form": WORD,
+            "start": WHOLE,
+            "period": [*WHOLE, 0],
+            "decay": BOUND,
+            "least": BOUND,
+        },
+    ),
+    ("whiten", "Whiten"): ({}, {"ddof": [*WHOLE, 2], "kl_coef": [*NOT_NEGATIVE, INF]}),
+    ("whiten", "KlReward"): ({}, {"coef": NO_WEIGHT}),
+}
+PLACES = {
+    "clips": "clip",
+    "corrections": "correction",
+    "weighters": "weighters",
+    "kl": "kl",
+    "whiten": "whiten",
+}
+
+
+def test_every_key_of_every_part_is_tested() -> None:
+    for module in PLACES:
+        members = vars(import_module(f"rft.learner.{module}"))
+        for name, kind in members.items():
+            if isinstance(kind, type) and kind.__module__ == f"rft.learner.{module}":
+                has_base = kind.__bases__ != (object,)
+                assert has_base == ((module, name) in KEYS), name
+                if has_base:
+                    _, keys = KEYS[module, name]
+                    own = "__init__" in vars(kind)
+                    assert set(keys) == (set(signature(kind).parameters) if own else set())
+
+
+@pytest.mark.parametrize(
+    ("kind", "key"), [(kind, key) for kind, (_, keys) in KEYS.items() for key in keys]
+)
+def test_a_value_that_cannot_work_is_refused_by_name(kind: tuple[str, str], key: str) -> None:
+    needed, keys = KEYS[kind]
+    build(part(*kind, **needed))
+    for value in keys[key]:
+        said = rf"objective\.{PLACES[kind[0]]}: {kind[1]} cannot work with .*\b{key}="
+        with pytest.raises(RftError, match=said + re.escape(repr(value)) + ".*; .*must|goes up"):
+            build(part(*kind, **needed | {key: value}))
+
+
+@pytest.mark.parametrize(
+    ("kind", "keys"),
+    [
+        (("clips", "Ppo"), {"low": 1, "high": INF}),
+        (("clips", "Ppo"), {"low": 0, "high": 0.28, "dual": 1.3}),
+        (("clips", "Cispo"), {"cap": 2, "floor": 2}),
+        (("clips", "Bapo"), {"low": 0.6, "low_limit": 0.6, "high": 1, "high_limit": 1}),
+        (("corrections", "TokenTruncated"), {"cap": INF, "floor": 0}),
+        (("corrections", "IcePop"), {"low": 0, "high": INF}),
+        (("weighters", "TopKEntropy"), {"share": 1}),
+        (("weighters", "VersionMask"), {"max_age": 0}),
+        (("kl", "ConvexKl"), {"to": "base", "coef": 5, "start": 0, "period": 1, "decay": 0}),
+        (("whiten", "Whiten"), {"ddof": 0, "kl_coef": 0}),
+    ],
+    ids=str,
+)
+def test_values_on_the_border_are_taken(kind: tuple[str, str], keys: Part) -> None:
+    build(part(*kind, **keys))
+
+
+def test_bapos_window_is_never_empty() -> None:
+    with pytest.raises(RftError, match=r"Bapo cannot work with low_limit=1\.0, high=1\.0; .*below"):
+        Bapo(low_limit=1.0, high=1.0)
 
 
 def test_an_unknown_choice_is_refused_before_anything_is_imported() -> None:

@@ -22,6 +22,8 @@ BYTES = {"float32": 4, "bfloat16": 2}
 
 def describe(config: Config) -> str:
     """The resolved config, batch arithmetic, placement and a memory estimate, as text."""
+    build(config.objective)  # what their keys cannot be shows here too
+    build(config.advantage)
     sections = {
         "config": yaml.safe_dump(plain(asdict(config)), sort_keys=False).rstrip(),
         "batch": _batch(config),

@@ -24,6 +24,7 @@ PARTS = (
     "objective",
     "learner.schedule",
 )
+ENGINE_GIVEN = ("model_path", "dtype", "device", "max_length", "threads")
 CHOICES = {
     "resume": ("auto", "never"),
     "model.dtype": ("float32", "bfloat16"),
@@ -77,14 +78,14 @@ def validate(config: Config, *, training: bool = True) -> None:
     """Raise `RftError` naming the first key that cannot work, its value and the mend. Without
     `training` there are no learner ranks to make room for."""
     _values(config)
-    for key in ("model_path", "dtype", "device", "max_length", "threads"):
+    for key in ENGINE_GIVEN:
         if key in config.rollout.engine:
             raise RftError(
                 f"rollout.engine.{key} is set by the run (model.path, model.dtype, cluster.device, "
                 "tasks.max_prompt_tokens + rollout.max_tokens, cluster.threads); set it there"
             )
     for where in PARTS:
-        check(where, get(config, where))
+        check(where, get(config, where), ENGINE_GIVEN if where == "rollout.engine" else ())
     for name, shaper in config.reward.shapers.items():
         check(f"reward.shapers.{name}", shaper)
     for kind in ("transforms", "controllers"):

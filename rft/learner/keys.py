@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Collection
-from math import inf, isnan
 
 from rft.errors import RftError
 
@@ -18,15 +17,13 @@ class Keys:
     def number(self, interval: str, **values: object) -> None:
         """Numbers within an interval as in "(0, 1]"; only "inf]" has infinity in it."""
         for key, value in values.items():
-            good = isinstance(value, int | float) and not isinstance(value, bool)
-            good = good and _within(float(value), interval)  # type: ignore[arg-type]
+            good = isinstance(value, int | float) and _within(value, interval)
             self.require(good, f"it must be a number in {interval}", **{key: value})
 
     def whole(self, interval: str, **values: object) -> None:
         """Whole numbers within an interval."""
         for key, value in values.items():
-            good = isinstance(value, int) and not isinstance(value, bool)
-            good = good and _within(float(value), interval)  # type: ignore[arg-type]
+            good = isinstance(value, int) and _within(value, interval)
             self.require(good, f"it must be a whole number in {interval}", **{key: value})
 
     def choice(self, choices: Collection[str], **values: object) -> None:
@@ -43,7 +40,7 @@ class Keys:
 
 def _within(value: float, interval: str) -> bool:
     low, high = (float(end) for end in interval[1:-1].split(","))
-    if isnan(value) or (value == inf and not interval.endswith("]")):
+    if isinstance(value, bool):
         return False
     above = value >= low if interval[0] == "[" else value > low
     return above and (value <= high if interval[-1] == "]" else value < high)

@@ -96,7 +96,6 @@ class LearnerWorker:
         os.environ["PATH"] = f"{os.path.dirname(sys.executable)}{os.pathsep}{os.environ['PATH']}"
         if host == "127.0.0.1":
             os.environ["GLOO_SOCKET_IFNAME"] = "lo"  # gloo would listen on the host's own name
-
         torch.manual_seed(s.seed + self._rank)
         if s.threads:
             torch.set_num_threads(s.threads)
@@ -217,11 +216,9 @@ class LearnerWorker:
         return self._rank % self._settings.sequence_parallel == 0
 
     def _build(self, resume: Path | None) -> None:
-
         s = self._settings
         self._device = torch.device(s.device)
         self._objective: Objective = build(s.objective)
-
         ulysses = None
         if s.sequence_parallel > 1:
             ulysses = Ulysses(self._rank, self._world, s.sequence_parallel)
@@ -267,7 +264,6 @@ class LearnerWorker:
             self._restore(saved, resume)
 
     def _restore(self, saved: SavedOptimizer, folder: Path) -> None:
-
         # A step of rate 0 on a gradient of 0 changes nothing and makes the optimizer's state.
         logp_N, _ = self._engine(*make_rows([[[DUMMY]]], self._device).inputs, 1.0)
         self._engine.backward(logp_N.sum() * 0.0)
@@ -303,7 +299,6 @@ class LearnerWorker:
 
     def _prepare(self, batches: Sequence[_Batch], knobs: Knobs) -> None:
         """Log-probs before the first update, and the advantages that follow from all of them."""
-
         seen = []
         with torch.no_grad():
             for batch in batches:
@@ -319,53 +314,66 @@ class LearnerWorker:
     def _update(
         self, batches: Sequence[_Batch], totals: Totals, knobs: Knobs, position: int
     ) -> Result:
-
-        sums: dict[str, float] = defaultdict(float)
+        """One optimizer step, the `position`-th of the run, unless something speaks against it."""
         result = Result()
         if self._objective.adapts:
             with self._timed("adapt"), torch.no_grad():
                 seen = [_micro_batch(batch, *self._forward(batch, knobs)) for batch in batches]
-                kept = [m for m, b in zip(seen, batches, strict=True) if not b.empty]
-                result.same |= self._objective.adapt(kept, self._gather, knobs)
+                full = [m for m, batch in zip(seen, batches, strict=True) if not batch.empty]
+                result.same |= self._objective.adapt(full, self._gather, knobs)
                 for batch in batches:
                     self._count(batch, 1)
+        sums: dict[str, torch.Tensor] = {}
         with self._timed("update"):
             penalty = None
             if self._lora is not None:
                 penalty = self._lora.penalty(self._hf, position, self._settings.optimizer_steps)
-            for batch in batches:
-                logp_N, entropy_N = self._forward(batch, knobs)
-                seen_one = _micro_batch(batch, logp_N, entropy_N)
-                loss, extra = self._objective(seen_one, totals, knobs)
-                self._count(batch, trained=True)
-                share = loss.detach()
-                result.fault = result.fault or _fault(batch, seen_one, share)
-                # DeepSpeed averages gradients over ranks; our shares are of the global loss.
-                loss = loss * (0.0 if batch.empty else self._world)
-                if penalty is not None:  # the same on each rank, once
-                    loss, penalty = loss + penalty, None
-                self._engine.backward(loss)
-                if batch.empty:
-                    continue
-                gap_N = seen_one.old_N - seen_one.behaviour_N
-                extra |= {
-                    "loss": share,
-                    "entropy": entropy_N.sum(),
-                    "mismatch_kl": (gap_N.expm1() - gap_N).double().clamp_min(0.0).sum(),
-                    "tokens": torch.tensor(gap_N.numel()),
-                }
-                for name, value in extra.items():
-                    sums[name] += float(value.double())
-                worst = float(gap_N.abs().max()) if gap_N.numel() else 0.0
-                sums["mismatch_max"] = float(np.max([sums["mismatch_max"], worst]))  # keeps NaN
+            for i, batch in enumerate(batches):
+                once = penalty if i == 0 else None  # the same on each rank
+                fault = self._backward(batch, totals, knobs, once, sums)
+                result.fault = result.fault or fault
+        found = {name: float(value) for name, value in sums.items()}
         with self._timed("optimizer"):
-            others = self._stop(result.fault, sums)  # collective: whatever this rank found
+            others = self._stop(result.fault, found)  # collective: whatever this rank found
             result.fault = result.fault or others
             if not result.fault:
                 result.same |= self._step(knobs.lr, position)
         if self._speaks:
-            result.sums = dict(sums)
+            result.sums = found
         return result
+
+    def _backward(
+        self,
+        batch: _Batch,
+        totals: Totals,
+        knobs: Knobs,
+        penalty: torch.Tensor | None,
+        sums: dict[str, torch.Tensor],
+    ) -> str:
+        """Add the gradient of one micro-batch, and to `sums` what is measured on it; returns what
+        in it is not a number."""
+        logp_N, entropy_N = self._forward(batch, knobs)
+        seen = _micro_batch(batch, logp_N, entropy_N)
+        loss, measured = self._objective(seen, totals, knobs)
+        fault = _fault(batch, seen, loss.detach())
+        # DeepSpeed averages gradients over ranks; our shares are of the global loss.
+        scaled = loss * (0.0 if batch.empty else self._world)
+        self._engine.backward(scaled if penalty is None else scaled + penalty)
+        self._count(batch, trained=True)
+        if batch.empty:
+            return fault
+        gap_N = (seen.old_N - seen.behaviour_N).double()
+        measured |= {
+            "loss": loss.detach(),
+            "entropy": entropy_N.sum(),
+            "mismatch_kl": (gap_N.expm1() - gap_N).clamp_min(0.0).sum(),
+            "tokens": torch.ones_like(gap_N).sum(),
+        }
+        for name, value in measured.items():
+            sums[name] = sums.get(name, 0.0) + value.double()
+        worst = torch.cat([gap_N.abs(), gap_N.new_zeros(1)]).max()  # of no token it is 0
+        sums["mismatch_max"] = torch.maximum(sums.get("mismatch_max", worst), worst)  # keeps NaN
+        return fault
 
     def _step(self, lr: float, position: int) -> dict[str, float]:
         """Take the optimizer step, if its gradient is finite, and let adapters lose ranks."""
@@ -410,8 +418,8 @@ class LearnerWorker:
 
     def _stop(self, fault: str, sums: dict[str, float]) -> str:
         """Why no rank may take this step, if one of them must not."""
-
-        mine = torch.tensor([bool(fault), sums["mismatch_kl"], sums["tokens"]], dtype=torch.float64)
+        known = [sums.get(name, 0.0) for name in ("mismatch_kl", "tokens")]
+        mine = torch.tensor([bool(fault), *known], dtype=torch.float64)
         faults, kl, tokens = self._gather(mine).view(-1, 3).sum(0).tolist()
         if faults:
             return "a rank found a fault"
