@@ -1,9 +1,5 @@
 """Parts that live outside the package, as a user's would, and give a random model rewards."""
 
-import os
-import signal
-from pathlib import Path
-
 import numpy as np
 
 from rft.errors import RftError
@@ -43,20 +39,6 @@ class FailsLater(Constant):
     def next_requests(self, view: PlanView) -> list[Ask]:
         if view.step > 2:
             raise RftError("FailsLater wants no third step")
-        return super().next_requests(view)
-
-
-class DiesOnce(Constant):
-    """A planner that takes its process with it, once, after step 3 was observed."""
-
-    def __init__(self, setup: Setup, *, died: str) -> None:
-        super().__init__(setup)
-        self._died = Path(died)
-
-    def next_requests(self, view: PlanView) -> list[Ask]:
-        if view.step == 4 and not self._died.exists():
-            self._died.touch()
-            os.kill(os.getpid(), signal.SIGKILL)
         return super().next_requests(view)
 
 

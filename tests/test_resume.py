@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import shutil
 import signal
 from pathlib import Path
 from typing import Any
@@ -13,7 +14,7 @@ from running import assert_same_run, check, overrides, train
 from safetensors.numpy import load_file
 
 STEPS = (1, 2, 3, 3, 3, 4, 4, 4, 5, 6, 6, 8)  # when each point strikes; 4 and 8 evaluate
-SHARED = ("generate", "learned", "checkpoint_sealing")
+SHARED = ("learned", "checkpoint_sealing")
 """Points at which ranks in processes of their own hold part of the state."""
 RANKS = {
     # With all that a run can remember: a window of replayed groups, a reference that follows the
@@ -53,11 +54,19 @@ def test_killed_at_every_point_and_resumed_it_is_the_same_run(
 @pytest.mark.timeout(300)
 def test_a_run_goes_on_with_two_ranks_and_then_with_one(tiny_model: Path, tmp_path: Path) -> None:
     """The same tasks, the same rollouts, and the same weights but for rounding."""
-    one = ["cluster=inline", "evaluation.every=0"]
-    two = ["cluster=ray", "learner.workers=2", "learner.zero_stage=2", "evaluation.every=0"]
-    check(train(*overrides(tiny_model, tmp_path, "whole", *one, "steps=6")))
-    for ranks, steps in ((one, 2), (two, 4), (one, 6)):
-        check(train(*overrides(tiny_model, tmp_path, "moved", *ranks, f"steps={steps}")))
+    one = ["cluster=inline", "evaluation.every=0", "checkpoint.keep=3", "steps=6"]
+    two = [*one, "cluster=ray", "learner.workers=2", "learner.zero_stage=2", "steps=4"]
+    check(train(*overrides(tiny_model, tmp_path, "whole", *one)))
+    # From its second step on it is left to two ranks, and after two more to one again.
+    shutil.copytree(tmp_path / "whole", tmp_path / "moved")
+    for step in (4, 6):
+        shutil.rmtree(tmp_path / "moved" / "checkpoints" / f"step_{step}")
+    config = tmp_path / "moved" / "config.yaml"
+    config.write_text(config.read_text().replace("name: whole", "name: moved"))
+    for ranks in (two, one):
+        done = train(*overrides(tiny_model, tmp_path, "moved", *ranks))
+        check(done)
+        assert "resuming" in done.stdout
     whole, moved = tmp_path / "whole", tmp_path / "moved"
     for step in range(1, 7):
         assert rollouts(whole, step) == rollouts(moved, step), step
