@@ -156,6 +156,8 @@ def reward(text: str, answer: str) -> float:
 class Verifier:
     """`reward` as our verifier processes call it."""
 
+    fractional = True
+
     def __call__(self, task: Any, text: str, finish: str) -> float:
         return reward(text, task.answer)
 
