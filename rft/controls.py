@@ -11,6 +11,7 @@ import sys
 from dataclasses import dataclass
 from typing import ClassVar, Literal
 
+from rft.config.keys import Keys
 from rft.config.parts import build
 from rft.config.schema import Config
 from rft.errors import RftError, nearest
@@ -79,14 +80,14 @@ class EntropyTemperature(Controller):
         high: float = 1.4,
     ) -> None:
         super().__init__(setup)
-        where = "controllers.temperature"
+        keys = Keys("controllers.temperature", self)
         if target is not None:
-            _positive(f"{where}.target", target)
-        _positive(f"{where}.low", low)
+            keys.number("(0, inf)", target=target)
+        keys.number("(0, inf)", low=low)
         if not low <= setup.temperature <= high < math.inf:
             raise RftError(
-                f"rollout.temperature={setup.temperature} is where {where} starts; it must lie "
-                f"between low={low} and high={high}"
+                f"rollout.temperature={setup.temperature} is where controllers.temperature starts; "
+                f"it must lie between low={low} and high={high}"
             )
         self._low, self._high = low, high
         self._target, self._temperature = target, setup.temperature
@@ -141,8 +142,7 @@ class TemperatureSchedule(Controller):
 
     def __init__(self, setup: ControllerSetup, *, start: float = 1.0, end: float = 0.8) -> None:
         super().__init__(setup)
-        _positive("controllers.temperature.start", start)
-        _positive("controllers.temperature.end", end)
+        Keys("controllers.temperature", self).number("(0, inf)", start=start, end=end)
         self._start, self._end = start, end
 
     def at(self, progress: float) -> float:
@@ -168,7 +168,7 @@ class AdaptiveKl(Controller):
         self, setup: ControllerSetup, *, target: float = 0.01, horizon: float = 10000.0
     ) -> None:
         super().__init__(setup)
-        _positive("controllers.kl_scale.target", target)
+        Keys("controllers.kl_scale", self).number("(0, inf)", target=target)
         if not horizon >= setup.rollouts:
             raise RftError(
                 f"controllers.kl_scale.horizon={horizon} must be at least the {setup.rollouts} "
@@ -246,8 +246,3 @@ class Controls:
         """Go on from `state`."""
         for name, controller in self._controllers.items():
             controller.load(state[name])
-
-
-def _positive(key: str, value: float) -> None:
-    if not 0.0 < value < math.inf:
-        raise RftError(f"{key}={value} must be a positive number")

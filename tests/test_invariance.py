@@ -207,7 +207,8 @@ def test_a_saved_learner_goes_on_with_another_number_of_ranks(
 ) -> None:
     """And with another ZeRO stage: what comes then is what would have come."""
     learner = worlds[before].learner(tiny_model, stage)
-    learn(learner, batch(seed=0))
+    for seed in (0, 2, 3):
+        learn(learner, batch(seed=seed))
     learner.save(tmp_path)
     learn(learner, batch(seed=1), 2 * LR)
     goes_on = weights(learner)
@@ -276,3 +277,30 @@ def test_an_objective_without_ratio_clipping_is_as_indifferent(
     a = step(worlds[1], tiny_model, objective=part)
     b = step(worlds[2], tiny_model, stage=3, layout="shared", token_budget=30, objective=part)
     same(a, b)
+
+
+WHOLE_STEP = {
+    "whitened": loss(whiten={"_target_": "rft.learner.whiten.Whiten", "kl_coef": 0.1}),
+    "searched": loss(
+        clip={"_target_": "rft.learner.clips.Bapo", "target": 0.7},
+        weighters={
+            "scale": {"_target_": "rft.learner.weighters.EntropyScale", "coef": 0.5},
+            "top": {"_target_": "rft.learner.weighters.TopKEntropy", "share": 0.4},
+        },
+    ),
+}
+
+
+@pytest.mark.parametrize("name", WHOLE_STEP)
+def test_statistics_of_the_whole_step_are_those_of_all_ranks(
+    worlds: dict[int, Ranks], tiny_model: Path, name: str
+) -> None:
+    """Also where ranks share rows: each token counts once."""
+    objective = WHOLE_STEP[name]
+    alone = step(worlds[1], tiny_model, objective=objective)
+    for keys in ({"stage": 2, "token_budget": 30}, {"stage": 1, "sequence_parallel": 2}):
+        found = step(worlds[2], tiny_model, objective=objective, **keys)
+        same(found, alone)
+        for metric in ("positive_share", "entropy_threshold", "kl"):
+            if metric in alone[2]:
+                assert found[2][metric] == pytest.approx(alone[2][metric], abs=1e-6)

@@ -11,7 +11,7 @@ from typing import Literal
 
 import torch
 
-from rft.learner.keys import Keys
+from rft.config.keys import Keys
 from rft.learner.micro_batch import Gather, MicroBatch, bounded, sum_over_ranks
 
 Clipped = tuple[torch.Tensor, torch.Tensor]

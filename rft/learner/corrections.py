@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from rft.learner.keys import Keys
+from rft.config.keys import Keys
 from rft.learner.micro_batch import MicroBatch, bounded
 
 Corrected = tuple[torch.Tensor, torch.Tensor]

@@ -12,7 +12,7 @@ from typing import Literal
 
 import torch
 
-from rft.learner.keys import Keys
+from rft.config.keys import Keys
 from rft.learner.micro_batch import bounded
 from rft.records import Knobs
 

@@ -59,7 +59,7 @@ class SavedOptimizer:
         files = [self._open.enter_context(safe_open(path, framework="pt")) for path in paths]
         self.steps = int(files[0].get_tensor("steps"))
         """Optimizer steps taken."""
-        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118
+        self._where = {key: file for file in files for key in file.keys()}  # noqa: SIM118 (no mapping)
 
     def values(self, named: Mapping[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
         """The value of each parameter, in float32, one at a time."""

@@ -66,7 +66,7 @@ class References:
             if period:
                 with safe_open(folder / _name(period), framework="pt") as file:
                     self._refreshed[i] = int(file.metadata()["periods"])
-                    for name in file.keys():  # noqa: SIM118
+                    for name in file.keys():  # noqa: SIM118 (no mapping)
                         model.model.get_parameter(name).data.copy_(file.get_tensor(name))
 
 

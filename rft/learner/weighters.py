@@ -12,7 +12,7 @@ from collections.abc import Sequence
 
 import torch
 
-from rft.learner.keys import Keys
+from rft.config.keys import Keys
 from rft.learner.micro_batch import Gather, MicroBatch, joined, mean_and_variance, sum_over_ranks
 from rft.records import Knobs
 

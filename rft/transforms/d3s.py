@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from rft.config.keys import Keys
 from rft.records import Group
 from rft.seeding import derive
-from rft.transforms.transform import Mask, Transform, advantages, candidates, keep, require
+from rft.transforms.transform import Mask, Transform, advantages, candidates, keep
 
 
 class D3s(Transform):
@@ -23,8 +24,7 @@ class D3s(Transform):
 
     def __init__(self, seed: int, *, start: float = 0.25, end: float = 0.9) -> None:
         super().__init__(seed)
-        for key, share in (("start", start), ("end", end)):
-            require(0.0 < share <= 1.0, self, key, share, "a share lies in (0, 1]")
+        Keys("transforms", self).number("(0, 1]", start=start, end=end)
         self._start, self._end = start, end
 
     def __call__(self, step: int, progress: float, groups: list[Group]) -> list[Group]:

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import numpy as np
 
+from rft.config.keys import Keys
 from rft.records import Group
 from rft.seeding import derive
 from rft.state import State
 from rft.transforms.stored import pack, unpack
-from rft.transforms.transform import Transform, require
+from rft.transforms.transform import Transform
 
 
 class Replay(Transform):
@@ -26,8 +27,8 @@ class Replay(Transform):
 
     def __init__(self, seed: int, *, window: int = 2, share: float = 0.4) -> None:
         super().__init__(seed)
-        require(window >= 1, self, "window", window, "it is a number of steps, from 1")
-        require(0.0 <= share <= 1.0, self, "share", share, "a probability lies in [0, 1]")
+        Keys("transforms", self).whole("[1, inf)", window=window)
+        Keys("transforms", self).number("[0, 1]", share=share)
         self._window, self._share = window, share
         self._past: dict[int, list[Group]] = {}
 

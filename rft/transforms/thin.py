@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
+from rft.config.keys import Keys
 from rft.records import Group
 from rft.seeding import derive
-from rft.transforms.transform import Transform, advantages, candidates, keep, require
+from rft.transforms.transform import Transform, advantages, candidates, keep
 
 
 class Balance(Transform):
@@ -24,7 +25,7 @@ class Balance(Transform):
 
     def __init__(self, seed: int, *, n: int = 4) -> None:
         super().__init__(seed)
-        require(n >= 2, self, "n", n, "there must be room for one of each kind")
+        Keys("transforms", self).whole("[2, inf)", n=n)  # room for one of each kind
         self._n = n
 
     def __call__(self, step: int, progress: float, groups: list[Group]) -> list[Group]:

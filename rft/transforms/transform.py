@@ -11,7 +11,6 @@ from dataclasses import replace
 import numpy as np
 import numpy.typing as npt
 
-from rft.errors import RftError
 from rft.records import Group
 from rft.state import State
 
@@ -57,10 +56,3 @@ def advantages(group: Group) -> npt.NDArray[np.float64]:
     """The group's advantages [G]; transforms come after them."""
     assert group.advantage is not None
     return group.advantage
-
-
-def require(good: bool, transform: Transform, key: str, value: object, mend: str) -> None:
-    """Raise `RftError` on a key of a transform unless its value is `good`."""
-    if not good:
-        name = type(transform).__name__
-        raise RftError(f"transforms: {name} cannot work with {key}={value!r}; {mend}")

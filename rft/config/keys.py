@@ -1,4 +1,4 @@
-"""Keys: checks of an objective's parts as they are built, so that none trains on nonsense."""
+"""Keys: checks of a part's values as it is built, so that none works with nonsense in silence."""
 
 from __future__ import annotations
 
