@@ -1,19 +1,19 @@
-"""From a plan to requests, from rollouts to groups, and from groups to optimizer steps."""
+"""From a plan to requests, and from groups to optimizer steps."""
 
 from __future__ import annotations
 
-from collections import defaultdict
-from collections.abc import Sequence
+from collections import Counter
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from itertools import groupby
 
 import numpy as np
 
 from rft.config.schema import Config
 from rft.learner.advantages import Advantage
-from rft.records import Group, Plan, Request, Rollout, Sampling, Score, Totals
+from rft.records import TREE, Group, Plan, Request, Rollout, Totals
 from rft.records import Sequence as TrainSequence
 from rft.rewards.shaper import NOTHING, Shaper
+from rft.sampling import sampling
 from rft.seeding import derive
 from rft.shaping import announcement
 from rft.tasks.pool import TaskPool
@@ -23,51 +23,28 @@ def make_requests(
     config: Config,
     pool: TaskPool,
     plan: Plan,
-    groups: Sequence[Group],
-    shapers: dict[str, Shaper] | None = None,
-    temperature: float | None = None,
+    have: Mapping[str, int],
+    shapers: dict[str, Shaper],
+    temperature: float,
+    tree_share: float = 0.0,
 ) -> list[Request]:
-    """What the plan means for the engines; a task planned again continues its group's numbers.
-
-    Rollouts of a task that are told something different by the shapers are requests of their own.
-    """
-    if temperature is None:
-        temperature = config.rollout.temperature
-    sampling = Sampling(temperature, config.rollout.max_tokens)
-    have = {group.task: len(group.rollouts) for group in groups}
+    """What the plan means for the engines; a task planned again continues its group's numbers,
+    after the `have[task]` rollouts it has. The first `tree_share` of the n are to be of a tree. Ids
+    are for the sampler to give."""
+    how = sampling(config, temperature)
+    number = Counter(have)
     requests = []
     for task, n in plan.requests:
-        first = have.get(task, 0)
-        have[task] = first + n
-        told = [announcement(shapers or {}, plan.step, task, i) for i in range(first, first + n)]
-        for said, members in groupby(range(n), key=told.__getitem__):
-            numbers = [first + i for i in members]
-            seeds = tuple(derive(config.seed, "rollout", plan.step, task, i) for i in numbers)
-            ids = pool.prompt_ids[pool.index(task)]
-            if said != NOTHING:
-                ids = pool.encode(pool.index(task), said)
-            requests.append(Request(task, ids, seeds, sampling, numbers[0]))
+        first, trees = number[task], round(tree_share * n)
+        for i in range(first, first + n):
+            said = announcement(shapers, plan.step, task, i)
+            place = pool.index(task)
+            ids = pool.prompt_ids[place] if said == NOTHING else pool.encode(place, said)
+            seed = derive(config.seed, "rollout", plan.step, task, i)
+            tag = TREE if i < first + trees else "plain"
+            requests.append(Request(0, task, ids, seed, how, index=i, tag=tag))
+        number[task] += n
     return requests
-
-
-def group_by_task(rollouts: Sequence[Rollout], scores: Sequence[Score]) -> list[Group]:
-    """Rollouts of the same task, with their scores, in order of first appearance."""
-    members: dict[str, list[tuple[Rollout, Score]]] = defaultdict(list)
-    for rollout, score in zip(rollouts, scores, strict=True):
-        members[rollout.task].append((rollout, score))
-    return [
-        Group(task, tuple(r for r, _ in pairs), tuple(s for _, s in pairs))
-        for task, pairs in members.items()
-    ]
-
-
-def join_groups(groups: Sequence[Group], more: Sequence[Group]) -> list[Group]:
-    """`groups` with a later round's rollouts of the same tasks added; new tasks come last."""
-    joined = {group.task: group for group in groups}
-    for new in more:
-        old = joined.get(new.task, Group(new.task, (), ()))
-        joined[new.task] = Group(new.task, old.rollouts + new.rollouts, old.scores + new.scores)
-    return list(joined.values())
 
 
 def with_advantages(advantage: Advantage, groups: Sequence[Group]) -> list[Group]:

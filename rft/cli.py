@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import sys
 from collections.abc import Callable
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -12,52 +13,72 @@ from typing import TYPE_CHECKING, Any
 from rft.errors import RftError, nearest
 
 if TYPE_CHECKING:
+    from omegaconf import DictConfig
+
     from rft.config.schema import Config
 
 Job = Callable[["Config"], int]
 
 
-def compose_and(job: Job) -> None:
-    """Compose the config that the command line describes and do `job`, or one for each point of a
-    sweep; every error that a user can mend is one line. Exits with the highest code."""
-    wants_traceback = os.environ.get("RFT_TRACEBACK") == "1"
+def never(config: Config) -> None:
+    """No run is known to be finished before it is started."""
+
+
+@dataclass(frozen=True)
+class Command:
+    """What `python -m module` does with a config, and what a sweep needs to know of it."""
+
+    module: str
+    run: Job
+    check: Callable[[Config], None]
+    """Raises `RftError` for what cannot work, in little time."""
+    finished: Callable[[Config], object | None] = never
+    """Something, where the run of a config need not be made again."""
+
+
+class Task:
+    """A command as Hydra calls it; the exit codes of what it did."""
+
+    def __init__(self, command: Command) -> None:
+        self.command = command
+        self.codes: list[int] = []
+
+    def __call__(self, composed: DictConfig) -> None:
+        from hydra.core.hydra_config import HydraConfig
+        from hydra.types import RunMode
+        from omegaconf.errors import OmegaConfBaseException
+
+        from rft.config.compose import to_config
+
+        if HydraConfig.get().mode == RunMode.MULTIRUN:
+            raise RftError(
+                "this hydra/launcher would make all runs of a sweep in one folder; take "
+                "hydra/launcher=local, ray or slurm"
+            )
+        try:
+            self.codes.append(self.command.run(to_config(composed)))
+        except (RftError, OmegaConfBaseException) as error:  # Hydra would add words of its own
+            self.codes.append(fail(error))
+
+
+def compose_and(command: Command) -> None:
+    """Compose the config that the command line describes and do `command` with it, or launch the
+    runs of a sweep; every error that a user can mend is one line. Exits with the highest code."""
     os.environ["HYDRA_FULL_ERROR"] = "1"  # Hydra raises; how errors look is decided here
     import hydra
     from hydra.core.config_store import ConfigStore
-    from hydra.core.hydra_config import HydraConfig
     from hydra.errors import HydraException
-    from omegaconf import DictConfig
     from omegaconf.errors import OmegaConfBaseException
 
-    from rft.config.compose import Composed, explain, to_config
+    from rft.config.compose import Composed
 
     ConfigStore.instance().store(name="schema", node=Composed)
-
-    codes: list[int] = []
-
-    @hydra.main(version_base="1.3", config_path="pkg://rft.configs", config_name="train")  # type: ignore[untyped-decorator]
-    def launch(composed: DictConfig) -> None:
-        try:
-            config = to_config(composed)
-            hydra_job = HydraConfig.get()
-            if hydra_job.mode is not None and hydra_job.mode.name == "MULTIRUN":
-                config.runs_dir = hydra_job.sweep.dir
-                config.name = swept(sys.argv, hydra_job.overrides.task)
-            codes.append(job(config))
-            if codes[-1] > 128:  # a signal ends the whole sweep
-                sys.exit(codes[-1])
-        except (RftError, OmegaConfBaseException) as error:  # the other jobs of a sweep go on
-            if wants_traceback:
-                raise
-            codes.append(fail(explain(error)))
-
+    task = Task(command)
     try:
-        launch()
-    except (HydraException, OmegaConfBaseException) as error:
-        if wants_traceback:
-            raise
-        codes.append(fail(explain(error)))
-    sys.exit(max(codes, default=0))
+        hydra.main(version_base="1.3", config_path="pkg://rft.configs", config_name="train")(task)()
+    except (RftError, HydraException, OmegaConfBaseException) as error:
+        task.codes.append(fail(error))
+    sys.exit(max(task.codes, default=0))
 
 
 def load_and(job: Job, folder: Path, overrides: list[str]) -> None:
@@ -65,7 +86,6 @@ def load_and(job: Job, folder: Path, overrides: list[str]) -> None:
     from omegaconf import OmegaConf
     from omegaconf.errors import OmegaConfBaseException
 
-    from rft.config.compose import explain
     from rft.config.schema import Config
 
     try:
@@ -78,9 +98,7 @@ def load_and(job: Job, folder: Path, overrides: list[str]) -> None:
         )
         sys.exit(job(config))
     except (RftError, OmegaConfBaseException) as error:
-        if os.environ.get("RFT_TRACEBACK") == "1":
-            raise
-        sys.exit(fail(explain(error)))
+        sys.exit(fail(error))
 
 
 def _changes(overrides: list[str]) -> Any:
@@ -111,18 +129,11 @@ def _changes(overrides: list[str]) -> Any:
     return changes
 
 
-def swept(argv: list[str], overrides: list[str]) -> str:
-    """A sweep job's name: its values of the keys that vary, as in `learner.lr=1e-4,seed=2`."""
-    from hydra.core.override_parser.overrides_parser import OverridesParser
+def fail(error: Exception) -> int:
+    """Say in one line what is wrong; the exit code for it. Raises `error` if asked to."""
+    from rft.config.compose import explain
 
-    given = [a for a in argv[1:] if "=" in a and not a.startswith("--")]
-    parsed = OverridesParser.create().parse_overrides(given)
-    varying = {o.key_or_group for o in parsed if o.is_sweep_override()}
-    own = [o for o in overrides if o.lstrip("+~").partition("=")[0] in varying]
-    return ",".join(sorted(own)).replace("/", "_") or "0"
-
-
-def fail(message: Any) -> int:
-    """Say what is wrong; the exit code for it."""
-    print(f"error: {message}", file=sys.stderr)
+    if os.environ.get("RFT_TRACEBACK") == "1":
+        raise error
+    print(f"error: {explain(error)}", file=sys.stderr)
     return 2

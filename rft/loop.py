@@ -9,38 +9,40 @@ from __future__ import annotations
 import shutil
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import numpy.typing as npt
 
 from rft import measures
-from rft.batch import (
-    group_by_task,
-    join_groups,
-    make_requests,
-    make_updates,
-    with_advantages,
-)
+from rft.batch import make_updates, with_advantages
 from rft.checkpoint import Checkpoints
 from rft.clock import Clock
-from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers, prove
+from rft.cluster.engines import Engines
+from rft.cluster.groups import Learner, SchedulerClient
+from rft.cluster.sync import prove
+from rft.collect import Collector
 from rft.config.schema import Config
 from rft.controls import Controls
 from rft.errors import RftError
 from rft.learner.advantages import Advantage
-from rft.records import Feedback, Group, Outcome
 from rft.rewards.shaper import Shaper, State
-from rft.sampling import sample, sample_requests
+from rft.rollout.nested import skipped
+from rft.rollout_rows import Gaps, by_rollout, rollout_rows
+from rft.sampling import Sampler, sample, sample_requests
+from rft.seeding import derive
 from rft.shaping import shape
 from rft.state import save_state
+from rft.tasks.pieces import Pieces
 from rft.tasks.pool import TaskPool
 from rft.tracking.tracker import Tracker
 from rft.transforms.transform import Transform
 
 TRANSFORMS = "transforms.safetensors"
 """In a checkpoint: what the transforms remember."""
+UNDER_WAY = "under_way.safetensors"
+"""In a checkpoint: the plans of later steps, and every token of theirs that there was."""
 SKIPS = 3
 """Training steps in a row with a gradient that is not finite, before the run stops."""
 
@@ -49,7 +51,8 @@ SKIPS = 3
 class Progress:
     """Where a run is: `state.json` of a checkpoint. `evaluated` is the accuracy at `step` on the
     first evaluation set; `best_step` has the highest of the checkpoints. `skipped` counts the
-    steps in a row without a finite gradient."""
+    steps in a row without a finite gradient; `journal` is the length of the scheduler's, in
+    bytes."""
 
     step: int = 0
     version: int = 0
@@ -61,6 +64,7 @@ class Progress:
     shapers: dict[str, State] = field(default_factory=dict)
     controls: dict[str, dict[str, float | None]] = field(default_factory=dict)
     skipped: int = 0
+    journal: int = 0
 
 
 class Stop:
@@ -95,8 +99,9 @@ class Run:
     evaluation: dict[str, TaskPool]
     scheduler: SchedulerClient
     engines: Engines
+    sampler: Sampler
+    collector: Collector
     learner: Learner
-    verifiers: Verifiers
     advantage: Advantage
     shapers: dict[str, Shaper]
     transforms: dict[str, Transform]
@@ -107,6 +112,8 @@ class Run:
     colocated: bool
     peak_flops: float | None
     """Of one GPU, where it is known: what MFU is measured against."""
+    pieces: Pieces | None
+    """For rollouts that are kept; None where they are not."""
     progress: Progress = field(default_factory=Progress)
     stop: Stop = field(default_factory=Stop)
 
@@ -139,30 +146,23 @@ def train(run: Run) -> None:
 def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
     """One step of the design; returns its metrics, times aside."""
     config, progress = run.config, run.progress
-    knobs = run.controls.at(step)
-    groups: list[Group] = []
-    outcomes: list[Outcome] = []
-    round = 0
-    while True:  # a plan is a conversation: the planner sees what came back and may want more
-        with clock("select"):
-            plan = run.scheduler.plan(step, round, outcomes)
-        if not plan.requests:
-            break
-        requests = make_requests(config, run.pool, plan, groups, run.shapers, knobs.temperature)
-        scored = group_by_task(*sample(run.engines, run.verifiers, run.pool, requests, clock))
-        groups = join_groups(groups, scored)
-        outcomes += [Outcome(g.task, tuple(g.rewards.tolist()), round) for g in scored]
-        round += 1
+    survey(run, step, clock)
+    skip_layers(run, step)
+    batch = run.collector.collect(step, progress.version, clock)
+    knobs = replace(run.controls.at(step), temperature=batch.temperature)
+    groups = batch.groups
+    metrics: dict[str, float] = {}
     with clock("select"):
-        feedback = Feedback(step, progress.version, tuple(outcomes))
-        metrics = run.scheduler.observe(feedback)
-        if step < config.steps:
+        metrics |= measures.of_plans([run.scheduler.observe(of) for of in batch.feedback])
+        last = step == config.steps or _surveys(config, step + 1)
+        if config.rollout.staleness == 0 and not last:
             run.scheduler.prepare(step + 1)  # it is drawn while the learner works
     progress.tokens += sum(len(r.response_ids) for g in groups for r in g.rollouts)
     metrics |= measures.of_rollouts(groups, progress.version)
 
     with clock("learn"):
-        groups = shape(run.shapers, step, groups)
+        shaped = [(of, shape(run.shapers, of, planned)) for of, planned in batch.planned]
+        groups = [group for _, planned in shaped for group in planned]
         metrics |= measures.of_shaping(groups)
         trained = with_advantages(run.advantage, groups)
         for transform in run.transforms.values():
@@ -170,32 +170,62 @@ def run_step(run: Run, step: int, clock: Clock) -> dict[str, float]:
         updates = make_updates(
             config, trained, progress.version, every_rollout=run.learner.facts.every_rollout
         )
+        gaps: Gaps = {}
         if updates:
             if run.colocated:
                 run.engines.sleep()
             learned = run.learner.learn(updates, knobs)
             progress.version += sum(not result.same["skipped"] for result in learned.results)
+            gaps = by_rollout(updates, learned)
             metrics |= measures.of_updates(learned, updates, knobs)
             metrics |= measures.of_speed(learned, config.learner.workers, run.peak_flops)
             _count_skipped(run, step, metrics["policy/skipped"])
-            if run.colocated:
-                run.engines.wake()
         else:
             run.tracker.message(f"step {step}: no group has a learning signal; no update")
     if updates:
         with clock("sync"):
-            metrics["sync/probe_gap"] = sync(run)
+            metrics |= sync(run)
     with clock("report"):
-        for shaper in run.shapers.values():
-            shaper.observe(step, groups)
+        for of, planned in shaped:
+            for shaper in run.shapers.values():
+                shaper.observe(of, planned)
         progress.shapers = {name: shaper.state() for name, shaper in run.shapers.items()}
         run.controls.observe(step, metrics)
         progress.controls = run.controls.state()
         for line in measures.faults(groups):
             run.tracker.message(f"step {step}: {line}")
-        rows = [row for group in groups for row in measures.rollout_rows(group, run.pool)]
-        run.tracker.rollouts(step, rows)
+        while run.engines.news:
+            run.tracker.message(f"step {step}: {run.engines.news.popleft()}")
+        metrics["engines/restarted"] = run.engines.restarted
+        if run.pieces is not None:
+            rows = (rollout_rows(group, run.pool, run.pieces, gaps) for group in groups)
+            run.tracker.rollouts(step, [row for of in rows for row in of])
     return metrics | {"tokens/so_far": progress.tokens, "version": progress.version}
+
+
+def _surveys(config: Config, step: int) -> bool:
+    every = config.scheduler.survey_every
+    return every > 0 and (step - 1) % every == 0
+
+
+def survey(run: Run, step: int, clock: Clock) -> None:
+    """Where one is due, sample the whole pool as in training, and tell the scheduler the pass
+    rates; it counts as evaluation, for it is no work of training."""
+    config = run.config
+    if not _surveys(config, step):
+        return
+    how = replace(
+        config.evaluation,
+        samples=config.scheduler.survey_samples,
+        temperature=run.controls.at(step).temperature,
+    )
+    run.engines.skip_layers(())
+    asked = replace(config, evaluation=how)
+    requests = sample_requests(asked, run.pool, list(run.pool.ids), "survey", str(step))
+    with clock("evaluate"):
+        _, scores = sample(run.sampler, run.pool, requests, Clock())
+    rates = np.array([score.reward for score in scores]).reshape(len(run.pool), -1).mean(axis=1)
+    run.scheduler.survey(step, rates.tolist())
 
 
 def _count_skipped(run: Run, step: int, share: float) -> None:
@@ -213,20 +243,33 @@ def _count_skipped(run: Run, step: int, share: float) -> None:
         )
 
 
-def sync(run: Run) -> float:
-    """Bring every engine to the learner's weights and prove it; the largest probe gap."""
+def skip_layers(run: Run, step: int) -> None:
+    """Choose the layers that are left out while this step's rollouts are sampled."""
+    config, facts = run.config.rollout, run.learner.facts
+    seed = derive(run.config.seed, "skip", step)
+    ratio = run.controls.at(step).skip_ratio
+    run.engines.skip_layers(skipped(ratio, facts.layers, config.skip_protect, seed))
+
+
+def sync(run: Run) -> dict[str, float]:
+    """Bring every engine to the learner's weights, if there are new ones, and have it proven;
+    metrics."""
     version, dtype = run.progress.version, run.config.model.dtype
+    if run.engines.version == version:
+        run.engines.wake()
+        return {}
     return prove(run.engines, run.learner, run.probe, version, dtype)
 
 
 def evaluate(run: Run, clock: Clock) -> None:
     """Sample every held-out set at the current weights and write a line for each."""
     config, progress = run.config, run.progress
+    run.engines.skip_layers(())
     for name, pool in run.evaluation.items():
         requests = sample_requests(config, pool, list(pool.ids), "evaluate", name)
         inner = Clock()  # an evaluation is one phase of the step, not three
-        _, scores = sample(run.engines, run.verifiers, pool, requests, inner)
-        rewards = np.array([s.reward for s in scores]).reshape(len(requests), -1)
+        _, scores = sample(run.sampler, pool, requests, inner)
+        rewards = np.array([s.reward for s in scores]).reshape(len(pool), -1)
         accuracy, ci95 = measures.accuracy(rewards)
         if progress.evaluated is None:
             progress.evaluated = accuracy
@@ -248,13 +291,15 @@ def checkpoint(run: Run) -> None:
     progress = run.progress
     if progress.evaluated is not None and progress.evaluated > progress.best_accuracy:
         progress.best_accuracy, progress.best_step = progress.evaluated, progress.step
+    snapshot, progress.journal = run.scheduler.snapshot()
 
     def fill(folder: Path) -> None:
         run.learner.save(folder)
         (folder / "scheduler").mkdir()
-        shutil.copy(run.scheduler.snapshot(), folder / "scheduler")
+        shutil.copy(snapshot, folder / "scheduler")
         transforms = {name: transform.state() for name, transform in run.transforms.items()}
         save_state(folder / TRANSFORMS, transforms)
+        save_state(folder / UNDER_WAY, run.collector.state())
 
     run.checkpoints.write(progress.step, fill, asdict(progress))
     run.checkpoints.prune(progress.best_step)

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections import defaultdict
 from collections.abc import Sequence
-from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -13,7 +12,6 @@ from rft.learner.flops import mfu
 from rft.learner.messages import Learned
 from rft.records import Group, Knobs, Totals
 from rft.records import Sequence as TrainSequence
-from rft.tasks.pool import TaskPool
 
 
 def of_rollouts(groups: Sequence[Group], version: int) -> dict[str, float]:
@@ -21,7 +19,7 @@ def of_rollouts(groups: Sequence[Group], version: int) -> dict[str, float]:
     rollouts = [rollout for group in groups for rollout in group.rollouts]
     scores = [score for group in groups for score in group.scores]
     if not rollouts:
-        return {"tokens/generated": 0}
+        return {"rollout/count": 0, "tokens/generated": 0}
     lengths = np.array([len(rollout.response_ids) for rollout in rollouts])
     staleness = version - np.concatenate([rollout.version for rollout in rollouts])
     share = {r: np.mean([s.reason == r for s in scores]) for r in ("wrong", "error", "timeout")}
@@ -35,6 +33,13 @@ def of_rollouts(groups: Sequence[Group], version: int) -> dict[str, float]:
         "staleness/mean": float(staleness.mean()),
         "staleness/max": int(staleness.max()),
     }
+
+
+def of_plans(settled: Sequence[dict[str, float]]) -> dict[str, float]:
+    """The scheduler's metrics of what was observed in a step, the mean of each: where generation
+    runs ahead several plans may be settled in one step, or none."""
+    names = dict.fromkeys(name for of in settled for name in of)
+    return {name: float(np.mean([of[name] for of in settled if name in of])) for name in names}
 
 
 def of_shaping(groups: Sequence[Group]) -> dict[str, float]:
@@ -59,8 +64,9 @@ def of_updates(
 ) -> dict[str, float]:
     """Policy metrics of a step from its updates' sums. Means are over the tokens computed;
     `mismatch/*` compares the learner's log-probs with the engines' on the same tokens, and
-    `correction/*` is what a rollout correction made of that: `effective` is the effective sample
-    size of its weights as a share of the tokens, (sum w)² / (n sum w²)."""
+    `correction/*` is what a rollout correction made of that. `mismatch/ess` and
+    `correction/effective` are the effective sample size as a share of the n tokens,
+    (sum w)² / (n sum w²), of the weights as they are and as the correction made them."""
     sums = [result.sums for result in learned.results]
     names = dict.fromkeys(name for s in sums for name in s)
     tokens = sum(s.trained_tokens for sequences, _ in updates for s in sequences)
@@ -77,10 +83,13 @@ def of_updates(
         **{f"policy/{name}": float(np.mean(values)) for name, values in same.items()},
         "policy/lr": knobs.lr,
         "mismatch/kl": total["mismatch_kl"] / tokens,
+        "mismatch/ess": total["mismatch_weight"] ** 2 / (tokens * total["mismatch_square"]),
+        "mismatch/mean_abs": total["mismatch_abs"] / tokens,
         "mismatch/max_abs": float(np.max([s["mismatch_max"] for s in sums])),
         "tokens/trained": tokens,
         "tokens/padding": 1.0 - learned.useful / learned.padded,
         "rollout/temperature": knobs.temperature,
+        "rollout/skip_ratio": knobs.skip_ratio,
     }
     if "kl" in names:
         metrics |= {"policy/kl": total["kl"] / tokens, "policy/kl_scale": knobs.kl_scale}
@@ -120,26 +129,3 @@ def accuracy(rewards: npt.NDArray[np.float64]) -> tuple[float, float]:
     means = rewards.mean(axis=1)
     spread = means.std(ddof=1) if len(means) > 1 else 0.0
     return float(means.mean()), float(1.96 * spread / np.sqrt(len(means)))
-
-
-def rollout_rows(group: Group, pool: TaskPool) -> list[dict[str, Any]]:
-    """A group's rollouts as they are kept on disk."""
-    prompt = pool.task(group.task).prompt
-    shaped = [None] * len(group.rollouts) if group.shaped is None else group.shaped.tolist()
-    return [
-        {
-            "task": group.task,
-            "index": rollout.index,
-            "prompt": prompt,
-            "text": rollout.text,
-            "finish": rollout.finish,
-            "reward": score.reward,
-            **({} if value is None else {"shaped": value}),
-            "reason": score.reason,
-            "detail": score.detail,
-            "tokens": len(rollout.response_ids),
-            "logp": float(rollout.behaviour_logp.sum()),
-            "version": int(rollout.version[0]),
-        }
-        for rollout, score, value in zip(group.rollouts, group.scores, shaped, strict=True)
-    ]

@@ -6,7 +6,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Literal
 
 import numpy as np
@@ -15,6 +15,8 @@ import numpy.typing as npt
 Finish = Literal["stop", "length"]
 Reason = Literal["correct", "partial", "wrong", "error", "timeout"]
 Message = dict[str, str]
+TREE = "tree"
+"""The tag of requests that are to be of a tree (LATR), where the engine grows trees."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -37,22 +39,48 @@ class Task:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How to sample: temperature (0 is greedy) and the most tokens to generate."""
+    """How to sample: temperature (0 is greedy), the most tokens to generate, the nucleus' mass, and
+    strings that end a response, of which the first to appear is its end."""
 
     temperature: float = 1.0
     max_tokens: int = 16
+    top_p: float = 1.0
+    stop: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Tokens:
+    """Part of a response, parallel arrays [T]: `ids` int32, `logp` float32 (under the distribution
+    that really sampled each: temperature, nucleus and skipped layers included; of forced ones the
+    policy's own if they are a tree's, else 0), `version` int32 (optimizer steps behind the weights
+    that emitted it), `forced` bool (put there, and not sampled)."""
+
+    ids: npt.NDArray[np.int32]
+    logp: npt.NDArray[np.float32]
+    version: npt.NDArray[np.int32]
+    forced: npt.NDArray[np.bool_]
+
+    def __len__(self) -> int:
+        return len(self.ids)
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """Sample `len(seeds)` completions of one task; the i-th is rollout `first + i` of its group."""
+    """One completion of a task to sample: rollout `index` of its group.
 
+    `id` is the caller's, unique among the requests that an engine has; `begun` is what was
+    generated of it before, by this engine or another: the completion goes on after it, and
+    `sampling.max_tokens` counts it.
+    """
+
+    id: int
     task: str
     prompt_ids: tuple[int, ...]
-    seeds: tuple[int, ...]
+    seed: int
     sampling: Sampling
-    first: int = 0
+    index: int = 0
     tag: str = "plain"
+    begun: Tokens | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,11 +182,14 @@ class Feedback:
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """What the scheduler asks for next: `(task, number of rollouts)` pairs. Empty: nothing more."""
+    """What the scheduler asks for next: `(task, number of rollouts)` pairs. Empty: nothing more,
+    or, while something is pending, nothing yet. `early` says that the next round may be asked for
+    before all of this one is back."""
 
     step: int
     round: int
     requests: tuple[tuple[str, int], ...]
+    early: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -203,32 +234,25 @@ class Totals:
 class Knobs:
     """What schedules and controllers set for one training step. `progress` is the share of the
     run's steps that is over, in [0, 1]; `kl_scale` multiplies every KL coefficient; `temperature`
-    is what these rollouts were sampled at."""
+    is what these rollouts were sampled at, `skip_ratio` the share of the model's layers that they
+    were sampled without, `tree_share` the share of a task's rollouts that are of a tree."""
 
     step: int
     progress: float
     lr: float
     temperature: float = 1.0
     kl_scale: float = 1.0
-
-
-@dataclass(frozen=True, slots=True)
-class WeightBundle:
-    """All policy weights as one host buffer.
-
-    `data` [bytes] uint8 holds the tensors of `entries` (name, shape, dtype, offset in bytes) one
-    after another; `checksum` is the xxh3-128 of `data`; `version` counts optimizer steps.
-    """
-
-    version: int
-    entries: tuple[tuple[str, tuple[int, ...], str, int], ...]
-    data: npt.NDArray[np.uint8]
-    checksum: str
+    skip_ratio: float = 0.0
+    tree_share: float = 0.0
 
 
 @dataclass(frozen=True, slots=True)
 class Receipt:
-    """An engine's word after a weight update: which version it holds and what it received."""
+    """An engine's word after a weight update: which version it holds and what it received.
+
+    `nbytes`, which the learner alone states, is how much each engine is sent.
+    """
 
     version: int
     checksum: str
+    nbytes: int = field(default=0, compare=False)

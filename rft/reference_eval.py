@@ -20,7 +20,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from rft.cli import compose_and
+from rft.cli import Command, compose_and
 
 if TYPE_CHECKING:
     from rft.config.schema import Config
@@ -30,13 +30,17 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Collect the rates that the command line describes."""
-    compose_and(_job)
+    compose_and(Command("rft.reference_eval", _job, _check))
 
 
-def _job(config: Config) -> int:
+def _check(config: Config) -> None:
     from rft.config.validate import validate
 
     validate(config, training=False)
+
+
+def _job(config: Config) -> int:
+    _check(config)
     path = collect(config)
     print(f"written: {path}; use it with +tasks.train.rates.weak={path} (or .strong)")
     return 0
@@ -49,7 +53,7 @@ def collect(config: Config) -> Path:
     from rft.pools import verifier_names
     from rft.run import owned
     from rft.sample_files import same_settings, sampled, tasks_a_part
-    from rft.sampling import sample_requests
+    from rft.sampling import Sampler, sample_requests
     from rft.tasks.pool import load_pool
     from rft.tasks.prompts import PromptEncoder
     from rft.tracking.environment import write_environment
@@ -70,9 +74,8 @@ def collect(config: Config) -> Path:
             def requests(tasks: Sequence[str]) -> list[Request]:
                 return sample_requests(config, pool, tasks, "reference")
 
-            parts = sampled(
-                folder, "train", pool, requests, engines, verifiers, tasks_a_part(config), print
-            )
+            sampler = Sampler(engines, verifiers)
+            parts = sampled(folder, "train", pool, requests, sampler, tasks_a_part(config), print)
             for part in parts:
                 for one in part:
                     tally.add(one)
@@ -152,6 +155,7 @@ def provenance(config: Config, pool: TaskPool) -> dict[str, Any]:
 
     from rft import __version__
     from rft.config.compose import plain
+    from rft.evaluate import sampling_keys
 
     tasks = asdict(config.tasks)
     made: dict[str, Any] = plain(
@@ -163,7 +167,7 @@ def provenance(config: Config, pool: TaskPool) -> dict[str, Any]:
             "engine": config.rollout.engine,
             "samples": config.evaluation.samples,
             "temperature": config.evaluation.temperature,
-            "max_tokens": config.rollout.max_tokens,
+            "sampling": sampling_keys(config),
             "seed": config.seed,
             "pool": tasks["train"],
             "content": pool.digest,

@@ -18,7 +18,9 @@ from filelock import FileLock, Timeout
 from rft.checkpoint import Checkpoints
 from rft.cluster.base import RAY_NOTE
 from rft.cluster.place import place, pool_view
+from rft.collect import Collector
 from rft.config.compose import plain
+from rft.config.dry_run import placement
 from rft.config.objective import doubts
 from rft.config.parts import build
 from rft.config.schema import Config
@@ -26,15 +28,18 @@ from rft.config.validate import check_files
 from rft.controls import Controls
 from rft.errors import RftError
 from rft.learner.flops import peak_flops
-from rft.loop import TRANSFORMS, Progress, Run, Stop, train
+from rft.loop import TRANSFORMS, UNDER_WAY, Progress, Run, Stop, train
 from rft.pools import ignored_names, run_pools, verifier_names
+from rft.resume import check_same
 from rft.rewards.shaper import Shaper
+from rft.sampling import Sampler
 from rft.scheduler.journal import rewind_journal
 from rft.scheduler.parts import Setup
 from rft.scheduler.scheduler import SNAPSHOT, make_parts
 from rft.seeding import derive
 from rft.shaping import make_shapers
 from rft.state import load_state, write_atomic
+from rft.tasks.pieces import Pieces
 from rft.tasks.pool import TaskPool
 from rft.tasks.prompts import vocabulary
 from rft.tracking.environment import write_environment
@@ -43,15 +48,6 @@ from rft.tracking.tracker import Tracker
 from rft.transforms.transform import Transform
 
 PROBE_TOKENS = 256
-MAY_CHANGE = (
-    *("resume", "dry_run", "steps", "runs_dir", "cluster", "checkpoint", "tracking"),
-    *("rollout.deadline", "learner.deadline", "learner.port", "reward.workers"),
-    *("learner.workers", "learner.zero_stage", "learner.offload", "learner.sequence_parallel"),
-    *("learner.token_budget", "learner.layout", "learner.mismatch_limit", "model.liger"),
-    *("model.gradient_checkpointing", "model.attention"),
-)
-"""Keys that a resumed run may set anew: they change how it is computed, not what, but for
-rounding."""
 
 
 def run(config: Config) -> int:
@@ -71,7 +67,7 @@ def run(config: Config) -> int:
 
 
 def _load_and_train(config: Config, stop: Stop) -> int:
-    notes: list[str] = doubts(config)
+    notes: list[str] = [*doubts(config), *placement(config).splitlines()]
     if config.prepare is not None:
         build(config.prepare)
         check_files(config)
@@ -105,13 +101,9 @@ def _train(
     found = checkpoints.newest(notes.append)
     same_config(config, folder, started=found is not None)
     progress = rewind(folder, found)
-    for name, state in progress.shapers.items():
-        shapers[name].load(state)
     transforms = make_transforms(config)
     if found:
-        controls.load(progress.controls)
-        for name, state in load_state(found[0] / TRANSFORMS).items():
-            transforms[name].load(state)
+        _go_on(found[0], progress, shapers, transforms, controls)
     if progress.step >= config.steps:
         print(f"{folder} is finished: {progress.step} steps. Raise steps, or choose another name.")
         _report(config, folder)
@@ -128,15 +120,29 @@ def _train(
             about = parts.verifiers.about()
             for line in filter(None, (about, ignored_names(config, names))):
                 tracker.message(line)
-            write_environment(folder, verifiers=about)
+            write_environment(folder, about, parts.learner.facts.device_name)
+            sampler = Sampler(parts.engines, parts.verifiers)
+            collector = Collector(
+                config,
+                pool,
+                parts.scheduler,
+                sampler,
+                shapers,
+                knobs=controls.at,
+            )
+            if found:
+                collector.load(load_state(found[0] / UNDER_WAY))
+            if not parts.colocated and config.rollout.staleness:
+                parts.learner.meanwhile = collector.pump
             this = Run(
                 config,
                 pool,
                 evaluation,
                 parts.scheduler,
                 parts.engines,
+                sampler,
+                collector,
                 parts.learner,
-                parts.verifiers,
                 build(config.advantage),
                 shapers,
                 transforms,
@@ -146,6 +152,7 @@ def _train(
                 tracker,
                 colocated=parts.colocated,
                 peak_flops=peak_flops(parts.learner.facts.device_name, config.model.dtype),
+                pieces=Pieces(config.model.path) if config.tracking.rollouts else None,
                 progress=progress,
                 stop=stop,
             )
@@ -158,6 +165,21 @@ def _train(
         print(f"stopped after step {progress.step}; the same command goes on from there")
         return 128 + stop.signal
     return 0
+
+
+def _go_on(
+    checkpoint: Path,
+    progress: Progress,
+    shapers: dict[str, Shaper],
+    transforms: dict[str, Transform],
+    controls: Controls,
+) -> None:
+    """Give the parts that live in this process back what a checkpoint remembers of them."""
+    controls.load(progress.controls)
+    for name, state in progress.shapers.items():
+        shapers[name].load(state)
+    for name, kept in load_state(checkpoint / TRANSFORMS).items():
+        transforms[name].load(kept)
 
 
 def make_transforms(config: Config) -> dict[str, Transform]:
@@ -207,33 +229,13 @@ def same_config(config: Config, folder: Path, started: bool) -> None:
     Raises `RftError` naming what differs, or for a run that must not be resumed.
     """
     path = folder / "config.yaml"
-    now = plain(asdict(config))
     if config.resume == "never" and path.exists():
         raise RftError(
             f"{folder} holds a run and resume=never; choose another name, or resume=auto"
         )
     if started and path.exists():
-        then = yaml.safe_load(path.read_text("utf-8"))
-        changed = [
-            f"{key}: {old!r} -> {new!r}"
-            for key, old, new in differences(then, now)
-            if not any(f"{key}.".startswith(f"{may}.") for may in MAY_CHANGE)
-        ]
-        if changed:
-            raise RftError(
-                f"{folder} was started with another config ({'; '.join(changed)}); "
-                "choose another name for this one"
-            )
-    write_atomic(path, yaml.safe_dump(now, sort_keys=False).encode())
-
-
-def differences(old: Any, new: Any, prefix: str = "") -> Iterator[tuple[str, Any, Any]]:
-    """Dotted keys whose values differ, with both."""
-    if isinstance(old, dict) and isinstance(new, dict):
-        for key in dict.fromkeys([*old, *new]):
-            yield from differences(old.get(key), new.get(key), f"{prefix}{key}.")
-    elif old != new:
-        yield prefix[:-1], old, new
+        check_same(config, folder)
+    write_atomic(path, yaml.safe_dump(plain(asdict(config)), sort_keys=False).encode())
 
 
 def rewind(folder: Path, found: tuple[Path, dict[str, Any]] | None) -> Progress:
@@ -244,7 +246,7 @@ def rewind(folder: Path, found: tuple[Path, dict[str, Any]] | None) -> Progress:
     files.close()
     scheduler = folder / "scheduler"
     scheduler.mkdir(exist_ok=True)
-    rewind_journal(scheduler, progress.step)
+    rewind_journal(scheduler, progress.journal)
     if found:
         shutil.copy(found[0] / "scheduler" / SNAPSHOT, scheduler / SNAPSHOT)
     else:

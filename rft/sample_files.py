@@ -20,11 +20,10 @@ from typing import Any
 import yaml
 
 from rft.clock import Clock
-from rft.cluster.groups import Engines, Verifiers
 from rft.config.schema import Config
 from rft.errors import RftError
 from rft.records import Request, Rollout, Score
-from rft.sampling import sample
+from rft.sampling import Sampler, sample
 from rft.state import write_atomic
 from rft.tasks.pool import TaskPool
 from rft.tracking.files import METRICS, json_line, read_jsonl
@@ -53,8 +52,7 @@ def sampled(
     name: str,
     pool: TaskPool,
     requests: MakeRequests,
-    engines: Engines,
-    verifiers: Verifiers,
+    sampler: Sampler,
     tasks_a_part: int,
     say: Callable[[str], None],
 ) -> Iterator[list[Sample]]:
@@ -78,9 +76,10 @@ def sampled(
     for number, first in enumerate(range(0, len(left), tasks_a_part), start=start_at):
         start = time.monotonic()
         asked = requests(left[first : first + tasks_a_part])
-        rollouts, scores = sample(engines, verifiers, pool, asked, Clock())
-        share = (time.monotonic() - start) / len(rollouts)
-        samples = [_sample(r, s, share) for r, s in zip(rollouts, scores, strict=True)]
+        rollouts, scores = sample(sampler, pool, asked, Clock())
+        share = (time.monotonic() - start) / len(asked)
+        rows = zip(asked, rollouts, scores, strict=True)
+        samples = [_sample(request, rollout, score, share) for request, rollout, score in rows]
         lines = b"".join(json_line(asdict(sample)) for sample in samples)
         write_atomic(parts / f"part_{number:05d}.jsonl.gz", gzip.compress(lines, 5, mtime=0))
         rate = sum(s.tokens for s in samples) / sum(s.seconds for s in samples)
@@ -95,16 +94,16 @@ def tasks_a_part(config: Config) -> int:
     return max(1, rollouts // config.evaluation.samples)
 
 
-def _sample(rollout: Rollout, score: Score, seconds: float) -> Sample:
+def _sample(request: Request, rollout: Rollout | None, score: Score, seconds: float) -> Sample:
     return Sample(
-        rollout.task,
-        rollout.index,
-        rollout.text,
+        request.task,
+        request.index,
+        "" if rollout is None else rollout.text,
         score.reward,
         score.reason,
         score.detail,
-        len(rollout.response_ids),
-        float(rollout.behaviour_logp.sum()),
+        0 if rollout is None else len(rollout.response_ids),
+        0.0 if rollout is None else float(rollout.behaviour_logp.sum()),
         seconds,
     )
 

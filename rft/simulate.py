@@ -5,6 +5,12 @@
     python -m rft.simulate "arms=[uniform,bots,'bots scheduler.estimator.implicit_weight=0.3']"
     python -m rft.simulate arms=[uniform,bots] learners=[skill] seeds=1 steps=1000 \
         world.tasks=1000000
+    python -m rft.simulate rollout=long_tail
+    python -m rft.simulate rollout=recorded rollout.recorded=runs/mine \
+        "arms=['staleness=0','staleness=2','staleness=2 partial=true']"
+
+The last two compare not selectors but generation: what staleness and partial rollouts gain, on
+engines that only sleep (rft/config/rollout_simulation.py).
 
 `--config-dir DIR` adds presets and parts of your own. The scheduler is the real one; policies,
 rollouts and references are simulated, and everything written says so. It prints a table for each
@@ -40,6 +46,7 @@ def main() -> None:
     from omegaconf.errors import OmegaConfBaseException
 
     from rft.config.compose import explain
+    from rft.config.rollout_simulation import RolloutSimulationConfig
     from rft.config.simulation import SimulationConfig
 
     if {"-h", "--help"} & {*sys.argv[1:]}:
@@ -50,12 +57,19 @@ def main() -> None:
     given, overrides = parser.parse_known_args()
     if given.config_dir:
         overrides.append(f"hydra.searchpath=[file://{given.config_dir.resolve()}]")
+    of_rollouts = any(override.startswith(("rollout=", "rollout.")) for override in overrides)
     try:
-        simulate(overrides)
+        if of_rollouts:
+            from rft.simulation.compare_rollouts import simulate_rollouts
+
+            simulate_rollouts(overrides)
+        else:
+            simulate(overrides)
     except (RftError, HydraException, OmegaConfBaseException) as error:
         if os.environ.get("RFT_TRACEBACK") == "1":
             raise
-        print(f"error: {explain(error, SimulationConfig)}", file=sys.stderr)
+        schema = RolloutSimulationConfig if of_rollouts else SimulationConfig
+        print(f"error: {explain(error, schema)}", file=sys.stderr)
         sys.exit(2)
 
 

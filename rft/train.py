@@ -11,9 +11,11 @@ or SIGTERM, with a checkpoint: the same command goes on from there.
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from rft.cli import compose_and
+from rft.checkpoint import find_fault
+from rft.cli import Command, compose_and
 
 if TYPE_CHECKING:
     from rft.config.schema import Config
@@ -21,17 +23,32 @@ if TYPE_CHECKING:
 
 def main() -> None:
     """Compose the config, then run it."""
-    compose_and(_job)
+    compose_and(Command("rft.train", _run, _check, _finished))
 
 
-def _job(config: Config) -> int:
+def _check(config: Config) -> None:
     from rft.config.validate import validate
 
     validate(config)
+
+
+def _finished(config: Config) -> Path | None:
+    from rft.resume import finished
+
+    return finished(config)
+
+
+def _run(config: Config) -> int:
+    _check(config)
     if config.dry_run:
         from rft.config.dry_run import describe
 
         print(describe(config))
+        return 0
+    last = _finished(config)
+    if last is not None and find_fault(last) is None:
+        folder, step = last.parents[1], last.name.removeprefix("step_")
+        print(f"{folder} is finished: {step} steps. Raise steps, or choose another name.")
         return 0
     from rft.run import run
 

@@ -48,6 +48,7 @@ from turns import Contestant, Gauge, Results, Turn, take_turns
 from rft.cluster.base import InlineCluster
 from rft.cluster.groups import Learner
 from rft.cluster.place import learner_settings
+from rft.cluster.sync import Publishing
 from rft.config.schema import Config
 from rft.learner.flops import Architecture, causal, mfu, peak_flops
 from rft.learner.head import ScoringHead
@@ -120,13 +121,20 @@ def ours(a: argparse.Namespace, turn: Turn, layout: str) -> None:
     config.cluster.threads = a.threads
     clip = {"_target_": "rft.learner.clips.Ppo", "low": 0.2, "high": 0.2}
     config.objective = {"_target_": "rft.learner.objectives.PolicyLoss", "clip": clip}
+    config.cluster.mode, config.rollout.engine = "inline", {"_target_": "none"}
     settings = learner_settings(config, a.device)
     cluster = InlineCluster()
     target = "rft.learner.worker.LearnerWorker"
     rank = cluster.spawn("the learner", target, rank=0, world=1, settings=settings)
     budget = a.rows * (a.prompt_tokens + a.max_tokens)
     learner = Learner(
-        cluster, [rank], layout=layout, token_budget=budget, sequence_parallel=1, deadline=3600.0
+        cluster,
+        [rank],
+        layout=layout,
+        token_budget=budget,
+        sequence_parallel=1,
+        publishing=Publishing(cluster, [rank], deadline=3600.0),
+        deadline=3600.0,
     )
     learner.start(0, None)
     peak = peak_flops(learner.facts.device_name, a.dtype)
@@ -382,6 +390,7 @@ def run_logprobs(a: argparse.Namespace) -> Results:
     pair = "whole logits / scoring head"
     print(f"{pair + ', peak memory':<56}{peak(whole) / peak(ours):8.2f}")
     print(f"{pair + ', time':<56}{ratio(results, 'whole logits', 'scoring head'):8.2f}")
+    print(f"{'one tensor of logits in float32, MiB':<56}{4 * a.scored * a.vocabulary / 2**20:8.0f}")
     return results
 
 

@@ -173,6 +173,7 @@ def ours(job: Job, turn: Turn) -> None:
     from rft.checkpoint import Checkpoints
     from rft.clock import Clock
     from rft.cluster.place import place
+    from rft.collect import Collector
     from rft.config.compose import to_config
     from rft.config.parts import build
     from rft.config.schema import Config
@@ -180,6 +181,8 @@ def ours(job: Job, turn: Turn) -> None:
     from rft.controls import Controls
     from rft.loop import Run, run_step, sync
     from rft.run import make_transforms, probe_tokens
+    from rft.sampling import Sampler
+    from rft.tasks.pieces import Pieces
     from rft.tasks.pool import load_pool
     from rft.tasks.prompts import PromptEncoder, vocabulary
     from rft.tracking.tracker import Tracker
@@ -213,24 +216,28 @@ def ours(job: Job, turn: Turn) -> None:
     pool = load_pool(config.tasks.train, config.tasks, encoder, key="tasks.train")
     folder = Path(config.runs_dir) / config.name
     tracker = Tracker(config.tracking, folder, config.name, config.steps, asdict(config))
+    controls = Controls(config, vocabulary(job.model))
     with place(config, pool, pool.verifier_names, folder, None) as parts:
+        sampler = Sampler(parts.engines, parts.verifiers)
         run = Run(
             config,
             pool,
             {},
             parts.scheduler,
             parts.engines,
+            sampler,
+            Collector(config, pool, parts.scheduler, sampler, {}, knobs=controls.at),
             parts.learner,
-            parts.verifiers,
             build(config.advantage),
             {},
             make_transforms(config),
-            Controls(config, vocabulary(job.model)),
+            controls,
             probe_tokens(pool),
             Checkpoints(folder / "checkpoints", config.checkpoint.keep),
             tracker,
             colocated=parts.colocated,
             peak_flops=None,
+            pieces=Pieces(config.model.path) if config.tracking.rollouts else None,
         )
         sync(run)
         measured, step = None, 0
@@ -396,11 +403,10 @@ def sampler_generate(job: Job) -> Generate:
     rng = random.Random(0)
 
     def generate(prompts: list[list[int]]) -> list[list[int]]:
+        asked = [p for p in prompts for _ in range(job.group)]
         requests = [
-            Request(
-                str(i), tuple(p), tuple(rng.randrange(2**60) for _ in range(job.group)), sampling
-            )
-            for i, p in enumerate(prompts)
+            Request(i, str(i // job.group), tuple(p), rng.randrange(2**60), sampling)
+            for i, p in enumerate(asked)
         ]
         return [[*r.prompt_ids, *r.response_ids.tolist()] for r in engine.generate(requests)]
 

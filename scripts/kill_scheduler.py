@@ -42,20 +42,20 @@ def main() -> int:
     with tempfile.TemporaryDirectory(prefix="rft-kill-") as root:
         folder = Path(root)
         (folder / "killed").mkdir()
-        cluster = RayCluster("local", 0, folder / "killed")
+        cluster = RayCluster("local", [], folder / "killed")
         try:
             client = SchedulerClient(cluster, spawner(cluster, pool, folder / "killed"))
             client.plan(1, 0, [])  # it is up; the kills begin
             waits: list[float] = []
             killer = Killer(arguments.kills, arguments.seed, waits)
             run(client, lambda: not killer.is_alive(), waits)
-            snapshot = client.snapshot().read_bytes()
+            snapshot = client.snapshot()[0].read_bytes()
         finally:
             cluster.close()
         peaceful = InlineCluster()
         client = SchedulerClient(peaceful, spawner(peaceful, pool, folder / "peace"))
         run(client, lambda: True, [], steps=len(waits))
-        same_state = client.snapshot().read_bytes() == snapshot
+        same_state = client.snapshot()[0].read_bytes() == snapshot
         peaceful.close()
         journals = [(folder / name / JOURNAL).read_bytes() for name in ("killed", "peace")]
     print(f"{len(killer.steps)} kills in {len(waits)} steps over {arguments.tasks} tasks")
@@ -143,7 +143,7 @@ class Killer(threading.Thread):
         seen = 0
         while len(self.steps) < self._kills:
             starting = len(self.steps) % 5 == 4
-            found = [p for p in psutil.process_iter(["cmdline"]) if is_actor(p)]
+            found = [p for p in psutil.Process().children(recursive=True) if is_actor(p)]
             alive = [p for p in found if p.pid not in dead]
             if not alive or not (starting or len(self._waits) > seen):
                 time.sleep(0.002)
@@ -157,8 +157,10 @@ class Killer(threading.Thread):
 
 def is_actor(process: psutil.Process) -> bool:
     """Whether this is a Ray actor that holds a part."""
-    line = process.info["cmdline"] or [""]
-    return bool(line) and line[0].startswith("ray::Host")
+    try:
+        return " ".join(process.cmdline()[:1]).startswith("ray::TheScheduler")
+    except psutil.NoSuchProcess:
+        return False
 
 
 if __name__ == "__main__":

@@ -47,6 +47,7 @@ def around(owner: Any, name: str, *, before: bool, when: Callable[[], bool]) -> 
 def arm(point: str, step: int) -> None:
     from rft import checkpoint, loop
     from rft.cluster.groups import Learner, SchedulerClient, Verifiers
+    from rft.cluster.sync import Publishing
     from rft.tracking.files import RunFiles
 
     now = {"step": 0}
@@ -76,11 +77,11 @@ def arm(point: str, step: int) -> None:
     owner, name, before = {
         "plan": (SchedulerClient, "plan", False),
         "generate": (Verifiers, "submit", False),  # some rollouts are there, others are not
-        "score": (Verifiers, "collect", False),
+        "score": (Verifiers, "poll", False),
         "observe": (SchedulerClient, "observe", False),
         "learn": (Learner, "learn", True),
         "learned": (Learner, "learn", False),
-        "publish": (Learner, "publish", False),
+        "publish": (Publishing, "load_into", False),
         "evaluate": (loop, "evaluate", False),
         "checkpoint_filling": (Learner, "save", False),
         "checkpoint_sealing": (checkpoint.os, "rename", True),

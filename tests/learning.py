@@ -16,11 +16,13 @@ import numpy.typing as npt
 import torch
 
 from rft.cluster.groups import Learner
+from rft.cluster.sync import Publishing
 from rft.learner.messages import LearnerSettings
 from rft.learner.worker import LearnerWorker
 from rft.records import Knobs, Receipt, Totals
 from rft.records import Sequence as TrainSequence
-from rft.weights import unpack
+from rft.weights.delta import DeltaWeights
+from rft.weights.shared import SharedWeights
 
 STAGES = (0, 1, 2, 3)
 LR = 1e-4
@@ -131,6 +133,7 @@ class Ranks:
             layout=layout,
             token_budget=token_budget,
             sequence_parallel=settings.sequence_parallel,
+            publishing=Publishing(self, self.ranks, deadline=90),  # type: ignore[arg-type]
             deadline=90,
         )
         learner.start(0, resume)
@@ -148,7 +151,14 @@ class Ranks:
             self.running = None
             self.inside(_end)
 
-    def gather(self, pending: Sequence[Future[Any]], *, what: str, deadline: float) -> list[Any]:
+    def gather(
+        self,
+        pending: Sequence[Future[Any]],
+        *,
+        what: str,
+        deadline: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Any]:
         return [future.result(deadline) for future in pending]
 
     def host(self, handle: Any) -> str:
@@ -183,10 +193,17 @@ def batch(rows: Sequence[tuple[int, float]] = ROWS, seed: int = 0) -> Updates:
 
 
 def weights(of: Learner) -> Weights:
-    bundle, receipt = of.publish(1)
-    found = bundle.result()
-    assert receipt == Receipt(1, found.checksum)
-    return {name: tensor.float().numpy().copy() for name, tensor in unpack(found)}
+    return {name: t.float().numpy().copy() for name, t in publish(of, 1).tensors()}
+
+
+def publish(of: Learner, version: int) -> SharedWeights | DeltaWeights:
+    """What rank 0 publishes, once it was checked."""
+    pending = [handle.call("publish", version) for handle in of._handles]
+    found: SharedWeights | DeltaWeights
+    found, *others = [p.result(90) for p in pending]
+    assert others == [None] * len(others)
+    assert of._handles[0].call("published").result(90) == Receipt(version, found.verify())
+    return found
 
 
 def learn(

@@ -4,6 +4,8 @@ import json
 import os
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +17,14 @@ ENV = os.environ | {
     "HF_HUB_OFFLINE": "1",
     "TQDM_DISABLE": "1",
 }
+
+
+def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+    """Wait for something that another process or thread does."""
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "it did not come true in time"
+        time.sleep(0.02)
 
 
 def write_pool(path: Path, tasks: int = 40) -> Path:

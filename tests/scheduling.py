@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -106,21 +107,35 @@ def scheduler(
 
 
 def answers(step: int, requests: Sequence[tuple[str, int]], round: int = 0) -> list[Outcome]:
-    """What comes back is a function of step, round and task, as a run's seeds make it."""
-    rng = np.random.default_rng((step, round))
-    return [
-        Outcome(task, tuple((rng.integers(0, 5, size=n) / 4).tolist()), round)
-        for task, n in requests
-    ]
+    """What comes back is a function of step, round and task, as a run's seeds make it; a third of
+    the tasks is never solved."""
+
+    def rewards(task: str, n: int) -> list[float]:
+        index = int(task[1:])
+        rng = np.random.default_rng((step, round, index))
+        return (rng.integers(0, 5, size=n) / 4 * (index % 3 > 0)).tolist()
+
+    return [Outcome(task, tuple(rewards(task, n)), round) for task, n in requests]
 
 
-def play(part: Scheduler, step: int, version: int | None = None) -> dict[str, float]:
-    """One step's whole conversation, and its feedback."""
+def play(
+    part: Scheduler, step: int, version: int | None = None, points: int = 1
+) -> dict[str, float]:
+    """One step's whole conversation, and its feedback. A planner that may be asked early is asked
+    `points` times a round, each time with one more share of its groups complete."""
     outcomes: list[Outcome] = []
+    at = [0]  # the numbers of complete groups at which it is asked
     round = 0
-    while (plan := part.plan(step, round, outcomes)).requests:
-        outcomes += answers(step, plan.requests, round)
-        round += 1
+    while at:
+        complete = at.pop(0)
+        pending = [outcome.task for outcome in outcomes[complete:]]
+        plan = part.plan(step, round, outcomes[:complete], pending)
+        if plan.requests:
+            start, share = len(outcomes), len(plan.requests) / (points if plan.early else 1)
+            outcomes += answers(step, plan.requests, round)
+            shares = range(1, (points if plan.early else 1) + 1)
+            at += sorted({start + math.ceil(share * k) for k in shares})
+            round += 1
     return part.observe(Feedback(step, step - 1 if version is None else version, tuple(outcomes)))
 
 

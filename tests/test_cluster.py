@@ -31,12 +31,6 @@ class Worker:
     def die(self) -> None:
         os.kill(os.getpid(), signal.SIGKILL)
 
-    def stream(self, end: str) -> Iterator[int]:
-        yield 1
-        if end != "well":
-            getattr(self, end)()
-        yield 2
-
     def sleep(self, seconds: float) -> None:
         time.sleep(seconds)
 
@@ -55,7 +49,7 @@ def cluster(tmp_path_factory: pytest.TempPathFactory) -> Iterator[object]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("RAY_OVERRIDE_RESOURCES", '{"GPU": 2}')
         patch.setenv("PYTHONPATH", os.path.dirname(__file__))
-        made = RayCluster("local", 2, tmp_path_factory.mktemp("logs"))
+        made = RayCluster("local", [2], tmp_path_factory.mktemp("logs"))
     yield made
     made.close()
 
@@ -66,10 +60,12 @@ def get(cluster, *pending, deadline=60.0):  # type: ignore[no-untyped-def]
 
 def test_parts_on_one_gpu_share_it_and_others_do_not(cluster) -> None:  # type: ignore[no-untyped-def]
     """Colocated: engine i and rank i on GPU i."""
-    parts = [cluster.spawn(f"part {i}", TARGET, gpu=gpu) for i, gpu in enumerate([0, 1, 0, 1])]
-    first, second, third, fourth = get(cluster, *(part.call("gpus") for part in parts))
+    gpus = [(0,), (1,), (0,), (1,), (0, 1)]
+    parts = [cluster.spawn(f"part {i}", TARGET, gpus=of) for i, of in enumerate(gpus)]
+    first, second, third, fourth, both = get(cluster, *(part.call("gpus") for part in parts))
     assert {first, second} == {"0", "1"}
     assert (first, second) == (third, fourth)
+    assert both == f"{first},{second}"
     for part in parts:
         cluster.kill(part)
 
@@ -99,17 +95,27 @@ def test_a_dead_worker_is_named_and_its_log_kept(cluster) -> None:  # type: igno
     assert logs.is_dir()
 
 
-def test_what_streams_ends_with_its_workers_error_or_death(cluster) -> None:  # type: ignore[no-untyped-def]
-    def stream(*ends: str) -> list[tuple[int, int]]:
-        workers = [cluster.spawn(f"engine {i}", TARGET) for i in range(len(ends))]
-        pending = [w.stream("stream", end) for w, end in zip(workers, ends, strict=True)]
-        return list(cluster.stream(pending, what="a test", deadline=60.0))
+def test_what_is_ready_comes_first_with_its_value_or_its_error(cluster) -> None:  # type: ignore[no-untyped-def]
+    slow, quick, refusing, dying = (cluster.spawn(f"engine {i}", TARGET) for i in range(4))
+    pending = [slow.call("sleep", 600.0), quick.call("add", 1, 2)]
+    assert cluster.ready([], 60.0) == []
+    assert cluster.ready(pending, 60.0) == pending[1:]
+    assert cluster.value(pending[1], "a test") == 3
+    assert cluster.ready(pending[:1], 0.1) == []
+    for worker, error, says in ((refusing, RftError, "^no"), (dying, PartDied, "engine 3 ended")):
+        call = worker.call("refuse" if worker is refusing else "die")
+        assert cluster.ready([pending[0], call], 60.0) == [call]
+        with pytest.raises(error, match=says):
+            cluster.value(call, "a test")
+    cluster.kill(slow)
 
-    assert sorted(stream("well", "well")) == [(0, 1), (0, 2), (1, 1), (1, 2)]
-    with pytest.raises(RftError, match=r"^no; ask for something else$"):
-        stream("well", "refuse")
-    with pytest.raises(PartDied, match="engine 1 ended during a test"):
-        stream("well", "die")
+
+def test_something_goes_on_while_a_value_is_waited_for(cluster) -> None:  # type: ignore[no-untyped-def]
+    worker, times = cluster.spawn("worker", TARGET), []
+    pending = [worker.call("sleep", 1.0)]
+    cluster.gather(pending, what="a test", deadline=60.0, meanwhile=lambda: times.append(1))
+    assert len(times) >= 5
+    cluster.kill(worker)
 
 
 def test_no_wait_is_without_end(cluster) -> None:  # type: ignore[no-untyped-def]

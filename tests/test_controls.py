@@ -173,21 +173,23 @@ def test_a_rate_is_never_below_its_minimum_after_warm_up_nor_above_the_peak(
 ENTROPY = {"_target_": "rft.controls.EntropyTemperature"}
 SCHEDULE = {"_target_": "rft.controls.TemperatureSchedule"}
 KL = {"_target_": "rft.controls.AdaptiveKl"}
+SKIP = {"_target_": "rft.controls.SkipSchedule"}
 
 
 def controls(vocabulary: int = 151936, /, **controllers: dict[str, Any]) -> Controls:
     config = Config(name="test", steps=10, tasks_per_step=32, rollouts_per_task=8)
     config.learner.lr, config.learner.min_lr, config.learner.warmup_steps = 1.0, 0.2, 2
     config.learner.schedule = {"_target_": "rft.learner.schedule.Linear"}
-    config.rollout.temperature = 0.8
+    config.rollout.temperature, config.rollout.skip_ratio = 0.8, 0.25
     config.controllers = controllers
     return Controls(config, vocabulary)
 
 
 def test_without_controllers_the_knobs_are_those_of_the_config() -> None:
     run = controls()
-    assert run.at(1) == Knobs(step=1, progress=0.0, lr=0.5, temperature=0.8, kl_scale=1.0)
-    assert run.at(6) == Knobs(step=6, progress=0.5, lr=0.2 + 0.8 * 0.5, temperature=0.8)
+    base = {"temperature": 0.8, "kl_scale": 1.0, "skip_ratio": 0.25}
+    assert run.at(1) == Knobs(step=1, progress=0.0, lr=0.5, **base)
+    assert run.at(6) == Knobs(step=6, progress=0.5, lr=0.2 + 0.8 * 0.5, **base)
     assert run.at(10).lr == pytest.approx(0.2)
     assert run.at(10).progress == 0.9
     run.observe(1, {"policy/entropy": 0.1, "policy/kl": 7.0})
@@ -278,8 +280,46 @@ def test_the_kl_coefficient_stays_positive_and_moves_by_a_fifth_at_most(kls: lis
             assert after == before
 
 
+def test_the_share_of_skipped_layers_falls_in_a_line_over_the_run() -> None:
+    run = controls(skip_ratio=SKIP | {"start": 0.2, "end": 0.05})
+    found = [run.at(step).skip_ratio for step in range(1, 11)]
+    np.testing.assert_allclose(found, np.linspace(0.2, 0.05, 11)[:-1])
+    default = controls(skip_ratio=SKIP)
+    assert [default.at(step).skip_ratio for step in (1, 6)] == [0.1, 0.05]
+    assert default.at(1).temperature == 0.8
+
+
+def test_a_step_of_engines_too_far_from_the_policy_halves_what_is_skipped_for_good() -> None:
+    run = controls(skip_ratio=SKIP | {"start": 0.4, "end": 0.4})
+    factor = 1.0
+    for step, (ess, mean_abs, halves) in enumerate(
+        [
+            (1.0, 0.0, False),
+            (0.5, 0.1, False),  # the limits themselves are not passed
+            (0.499, 0.0, True),
+            (1.0, 0.0, False),
+            (0.9, 0.101, True),
+            (0.0, math.inf, True),  # once, whatever the reasons
+            (NAN, NAN, False),
+            (NAN, 0.2, True),
+        ],
+        1,
+    ):
+        run.observe(step, {"mismatch/ess": ess, "mismatch/mean_abs": mean_abs})
+        factor *= 0.5 if halves else 1.0
+        assert run.at(step + 1).skip_ratio == pytest.approx(0.4 * factor, rel=1e-12)
+    run.observe(9, {})  # a step without an update
+    assert run.at(10).skip_ratio == pytest.approx(0.4 / 16)
+    strict = controls(skip_ratio=SKIP | {"min_ess": 0.9, "max_log_ratio": 0.01})
+    strict.observe(1, {"mismatch/ess": 0.91, "mismatch/mean_abs": 0.009})
+    assert strict.at(1).skip_ratio == 0.1
+    strict.observe(2, {"mismatch/ess": 0.89, "mismatch/mean_abs": 0.009})
+    strict.observe(3, {"mismatch/ess": 0.91, "mismatch/mean_abs": 0.011})
+    assert strict.at(1).skip_ratio == 0.025
+
+
 def test_a_resumed_run_goes_on_with_the_same_knobs(tmp_path: Path) -> None:
-    parts = {"temperature": ENTROPY, "kl_scale": KL}
+    parts = {"temperature": ENTROPY, "kl_scale": KL, "skip_ratio": SKIP}
     rng = np.random.default_rng(0)
     lives = controls(**parts)
     for step in range(1, 11):
@@ -288,6 +328,7 @@ def test_a_resumed_run_goes_on_with_the_same_knobs(tmp_path: Path) -> None:
         save_state(tmp_path / "state", lives.state())
         as_file.load(load_state(tmp_path / "state"))
         metrics = {"policy/entropy": rng.random(), "policy/kl": rng.random() / 50}
+        metrics["mismatch/ess"] = 0.4 if step in (2, 7) else 0.9
         for run in (lives, as_json, as_file):
             run.observe(step, metrics)
         assert lives.at(step + 1) == as_json.at(step + 1) == as_file.at(step + 1)
@@ -314,6 +355,10 @@ def test_values_that_cannot_work_are_refused() -> None:
         ({"temperature": ENTROPY | {"high": NAN}}, "rollout.temperature=0.8 .*high=nan"),
         ({"temperature": SCHEDULE | {"end": 0.0}}, "temperature: .* end=0.0; it must be a number"),
         ({"kl_scale": KL | {"target": -1.0}}, "kl_scale: .* target=-1.0; it must be a number"),
+        ({"skip_ratio": SKIP | {"start": 1.0}}, r"skip_ratio: .* start=1.0; .* in \[0, 1\)"),
+        ({"skip_ratio": SKIP | {"end": -0.1}}, "skip_ratio: .* end=-0.1; it must be a number"),
+        ({"skip_ratio": SKIP | {"min_ess": 1.1}}, "skip_ratio: .* min_ess=1.1; it must be"),
+        ({"skip_ratio": SKIP | {"max_log_ratio": NAN}}, "skip_ratio: .* max_log_ratio=nan; it"),
         ({"kl_scale": KL | {"horizon": 255}}, "kl_scale.horizon=255 must be at least the 256"),
     ):
         with pytest.raises(RftError, match=said):
@@ -342,5 +387,6 @@ def test_every_preset_is_what_its_name_says() -> None:
         assert build(part)(0.5) == pytest.approx(HALF[name])
     for name, part in shipped("controller").items():
         check("controllers", part)
-        knob = "kl_scale" if name == "adaptive_kl" else "temperature"
+        knobs = {"adaptive_kl": "kl_scale", "skip_schedule": "skip_ratio"}
+        knob = (knobs | {"tree_schedule": "tree_share"}).get(name, "temperature")
         assert controls(**{knob: part}).at(1).lr == 0.5

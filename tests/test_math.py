@@ -15,6 +15,7 @@ import sympy
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from math_verify import parse, verify
+from timing import at_most
 
 from rft.errors import RftError
 from rft.records import Task
@@ -323,9 +324,9 @@ GOLDS = ["5", r"\sqrt{2}+x^2", "(1,2)", "y=x+1"]
 @pytest.mark.parametrize("answer", HOSTILE.values(), ids=HOSTILE)
 @pytest.mark.parametrize("gold", GOLDS)
 def test_a_hostile_answer_is_not_right_and_costs_less_than_a_second(gold: str, answer: str) -> None:
-    before, start = time.thread_time(), time.perf_counter()
-    score = judge(HASTY, task(gold), rf"\boxed{{{answer}}}", "stop")
-    assert time.thread_time() - before < 1.0
+    start = time.perf_counter()
+    with at_most(1.0):
+        score = judge(HASTY, task(gold), rf"\boxed{{{answer}}}", "stop")
     assert time.perf_counter() - start < 20.0  # the machine may be busy with other work
     assert score.reason in ("wrong", "timeout")
     assert score.detail.isprintable()
@@ -338,20 +339,18 @@ def test_megabytes_around_the_answer_cost_less_than_a_second(
 ) -> None:
     verifier = Math(rule=rule)
     text = unit * (10_000_000 // len(unit))
-    before = time.thread_time()
-    verifier(task("5"), text, "stop")
-    found = verifier(task("5"), text + r"</think> \boxed{5}", "stop")
-    assert time.thread_time() - before < 2.0
+    with at_most(2.0):
+        verifier(task("5"), text, "stop")
+        found = verifier(task("5"), text + r"</think> \boxed{5}", "stop")
     assert found.reward == 1.0
 
 
 @pytest.mark.parametrize("text", [" " * 10**7, "1," * 10**6, "9" * 10**7, "\\frac{1" * 10**6])
 def test_searches_are_linear_in_hostile_text(text: str) -> None:
-    before = time.thread_time()
-    for search in (last_boxed, after_phrase, after_hashes, last_number):
-        search("answer" + text)
-        search(text + "#### ")
-    assert time.thread_time() - before < 1.0
+    with at_most(1.0):
+        for search in (last_boxed, after_phrase, after_hashes, last_number):
+            search("answer" + text)
+            search(text + "#### ")
 
 
 @pytest.mark.parametrize(

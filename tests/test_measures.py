@@ -12,12 +12,13 @@ from rft.errors import RftError
 from rft.learner.flops import peak_flops
 from rft.learner.messages import Learned, Result
 from rft.loop import SKIPS, _count_skipped
-from rft.measures import of_speed, of_updates
+from rft.measures import of_plans, of_rollouts, of_speed, of_updates
 from rft.records import Knobs, Totals
 from rft.records import Sequence as TrainSequence
 
 KNOBS = Knobs(3, 0.5, 1e-4, temperature=0.9, kl_scale=2.0)
 SUMS = {"loss": 0.5, "entropy": 8.0, "clip_fraction": 1.0, "mismatch_kl": 0.4, "mismatch_max": 0.2}
+SUMS |= {"mismatch_abs": 0.6, "mismatch_weight": 4.0, "mismatch_square": 5.0}
 
 
 def update(*responses: int) -> tuple[list[TrainSequence], Totals]:
@@ -43,6 +44,8 @@ def test_means_are_over_the_tokens_of_all_updates() -> None:
     assert found["policy/clip_fraction"] == pytest.approx(0.2)
     assert found["mismatch/kl"] == pytest.approx(0.08)
     assert found["mismatch/max_abs"] == 0.7
+    assert found["mismatch/mean_abs"] == pytest.approx(0.12)
+    assert found["mismatch/ess"] == pytest.approx(8.0**2 / (10 * 10.0))  # of both updates as one
     assert found["policy/loss"] == 0.5
     assert found["tokens/trained"] == 10
     assert found["tokens/padding"] == 0.25
@@ -96,3 +99,17 @@ def test_steps_in_a_row_without_a_finite_gradient_stop_the_run() -> None:
     assert run.progress.skipped == SKIPS - 1
     with pytest.raises(RftError, match=r"steps 4 to 6: no gradient was finite"):
         _count_skipped(run, 6, 1.0)
+
+
+def test_of_several_plans_that_are_settled_in_a_step_none_is_lost() -> None:
+    first = {"selection/effective_task_ratio": 0.25, "selection/coverage": 0.5}
+    assert of_plans([first, {}, {"selection/effective_task_ratio": 0.75}]) == {
+        "selection/effective_task_ratio": 0.5,
+        "selection/coverage": 0.5,
+    }
+    assert of_plans([first]) == first
+    assert of_plans([{}]) == {}
+
+
+def test_a_step_without_rollouts_has_none_and_not_an_unknown_number() -> None:
+    assert of_rollouts([], 3) == {"rollout/count": 0, "tokens/generated": 0}

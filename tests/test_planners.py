@@ -5,8 +5,8 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Callable
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass, replace
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -55,7 +55,6 @@ class World:
     lost: float = 0.0
     fractional: bool = False
     seed: int = 0
-    views: list[PlanView] = field(default_factory=list)
 
     def view(
         self,
@@ -63,6 +62,8 @@ class World:
         step: int,
         asked: tuple[tuple[Ask, ...], ...],
         tallies: dict[int, Tally],
+        pending: Iterable[int] = (),
+        pending_at: tuple[frozenset[int], ...] | None = None,
     ) -> PlanView:
         order = np.random.default_rng([self.seed, step]).permutation(len(self.rates))
         gone = {task for round in asked for task, _ in round}
@@ -86,6 +87,8 @@ class World:
             dict(tallies),
             draw,
             predict,
+            frozenset(pending),
+            (frozenset(),) * len(asked) if pending_at is None else pending_at,
         )
 
     def play(self, planner: Planner, step: int = 1) -> Step:
@@ -115,6 +118,54 @@ class World:
                     tallies[task] = replace(
                         old, rewards=old.rewards + tuple(rewards.astype(float).tolist())
                     )
+
+    def play_early(self, planner: Planner, every: int) -> dict[int, list[int]]:
+        """A step's conversation in which the planner is asked whenever `every` more groups are
+        complete, in the order in which they were asked for, or all are. Returns what was asked of
+        each task, round by round.
+
+        A task's rewards depend on the task alone, not on when it was sampled.
+        """
+        asked: tuple[tuple[Ask, ...], ...] = ()
+        pending_at: tuple[frozenset[int], ...] = ()
+        groups: list[tuple[int, int, int]] = []
+        found: dict[int, list[int]] = {}
+        complete = 0
+        while True:
+            pending = frozenset(task for _, task, _ in groups[complete:])
+            tallies = {
+                task: tally
+                for task, tally in self.tallies(groups[:complete]).items()
+                if task not in pending
+            }
+            view = self.view(planner.setup, 1, asked, tallies, pending, pending_at)
+            asks = planner.next_requests(view)
+            assert not pending.intersection(task for task, _ in asks), "what is pending is asked"
+            if asks:
+                groups += [(len(asked), task, n) for task, n in asks]
+                asked, pending_at = (*asked, tuple(asks)), (*pending_at, pending)
+            elif not pending:
+                return found
+            for task, n in asks:
+                found.setdefault(task, []).append(n)
+            complete = min(complete + every, len(groups))
+            assert len(asked) < 1000, "the conversation does not end"
+
+    def tallies(self, groups: list[tuple[int, int, int]]) -> dict[int, Tally]:
+        """What came back of (round, task, rollouts)."""
+        found: dict[int, Tally] = {}
+        begun: dict[int, int] = {}
+        for _, task, n in groups:
+            rng = np.random.default_rng([self.seed, task])
+            rewards = (rng.random(500) < self.rates[task]).astype(float)
+            back = rng.random(500) >= self.lost
+            part = slice(begun.get(task, 0), begun.get(task, 0) + n)
+            begun[task] = part.stop
+            got = tuple(rewards[part][back[part]].tolist())
+            if got:
+                old = found.get(task, Tally((), len(got)))
+                found[task] = replace(old, rewards=old.rewards + got)
+        return found
 
 
 @dataclass
@@ -696,6 +747,145 @@ def test_the_budget_is_spent_exactly(name: str, world: World, tasks: int, rollou
         assert lo <= min(spent)
         assert max(spent) <= hi
         planner.observe(played.report())
+
+
+# asked early
+
+SAME: dict[str, Callable[[Setup], Planner]] = {
+    "dars": DARS,
+    "reinforce_ada": ReinforceAda,
+    "reinforce_ada_positive": lambda s: ReinforceAda(s, stop="positive", max_rounds=3),
+    "speed": lambda s: SPEED(s, n_init=2, n_cont=3, max_rounds=40),
+    "speed_2": lambda s: SPEED(s, n_init=2, n_cont=3, max_rounds=2),
+    "refill": lambda s: Refill(s, inner=inner(Constant), max_rounds=40),
+    "refill_2": lambda s: Refill(s, inner=inner(Constant), max_rounds=2),
+    "refill_4": lambda s: Refill(s, inner=inner(Constant), max_rounds=4),
+    "refill_knapsack": lambda s: Refill(s, inner=inner(Knapsack), max_rounds=3),
+    "refill_dars": lambda s: Refill(s, inner=inner(DARS), max_rounds=99),
+    "refill_reinforce_ada": lambda s: Refill(s, inner=inner(ReinforceAda), max_rounds=99),
+}
+LIMITED = ("speed_2", "refill_2", "refill_4", "refill_knapsack")
+WAIT = 10**6
+
+
+@pytest.mark.parametrize("name", SAME)
+@given(
+    seed=st.integers(0, 2**20),
+    size=st.integers(1, 50),
+    tasks=st.integers(1, 12),
+    rate=st.sampled_from([0.05, 0.2, 0.6]),
+    lost=st.sampled_from([0.0, 0.6]),
+    every=st.integers(1, 9),
+)
+@settings(deadline=None, max_examples=25)
+def test_asked_early_each_task_gets_what_it_would_have_got(
+    name: str, seed: int, size: int, tasks: int, rate: float, lost: float, every: int
+) -> None:
+    if name in LIMITED:
+        every = 1  # or a draw could be in place of tasks of two generations, and count as later
+    rates = np.random.default_rng(seed).choice([0.0, rate, 1.0], size)
+    world = World(rates, np.full(size, 0.5), lost, seed=seed)
+    planner = SAME[name](setup(size, tasks, 6))
+    assert world.play_early(planner, every) == world.play_early(planner, WAIT)
+
+
+def test_the_conversations_compared_do_refill_and_do_stop() -> None:
+    # Or that they are the same would say little.
+    world = World(np.random.default_rng(3).choice([0.0, 0.2, 1.0], 300))
+    for name, drawn in {"refill_2": 21, "refill_4": 32, "refill": 46, "speed_2": 21}.items():
+        assert len(world.play_early(SAME[name](setup(300, 12, 6)), 1)) == drawn
+    for name in ("refill_dars", "refill_reinforce_ada", "reinforce_ada", "dars"):
+        found = world.play_early(SAME[name](setup(300, 12, 6)), 1)
+        assert max(len(portions) for portions in found.values()) > 1
+
+
+@pytest.mark.parametrize("name", ["refill", "speed"])
+@pytest.mark.parametrize(("oversample", "drawn"), [(1.0, 2), (1.5, 3), (3.0, 6)])
+def test_only_what_is_certain_to_be_missing_is_drawn_early(
+    name: str, oversample: float, drawn: int
+) -> None:
+    of = setup(100, 8, 8)
+    planner = {
+        "refill": lambda: Refill(of, inner=inner(Constant), oversample=oversample),
+        "speed": lambda: SPEED(of, oversample=oversample),
+    }[name]()
+    world = World(np.zeros(100))
+    asked: tuple[tuple[Ask, ...], ...] = (tuple(planner.next_requests(world.view(of, 1, (), {}))),)
+    first = [task for task, _ in asked[0]]
+    assert len(first) == 8 * oversample
+    back, pending = first[:-5], first[-5:]
+    mixed, same = Tally((1.0, 0.0, 0.0, 0.0), 4), Tally((1.0,) * 4, 4)
+    # With three tasks mixed and five pending nothing is missing; with one mixed, two tasks are.
+    for good, expected in ((3, 0), (1, drawn)):
+        tallies = {task: mixed if i < good else same for i, task in enumerate(back)}
+        view = world.view(of, 1, asked, tallies, pending)
+        new = [task for task, _ in planner.next_requests(view) if task not in first]
+        assert len(new) == expected
+    asked += (tuple((task, 4) for task in new),)
+    view = world.view(of, 1, asked, tallies, [*pending, *new], (frozenset(), frozenset(pending)))
+    assert all(task in first for task, _ in planner.next_requests(view))
+
+
+def test_an_adaptive_refill_sizes_by_the_share_only_what_it_draws_when_all_is_back() -> None:
+    planner = Refill(setup(400, 8, 8), inner=inner(Constant), adaptive=True)
+    asked = (tuple((task, 8) for task in range(8)),)
+    tallies = {0: Tally((0.0,) * 8, 8)}
+    world = World(np.zeros(400))
+    view = world.view(planner.setup, 1, asked, tallies, pending=range(1, 8))
+    assert len(planner.next_requests(view)) == 1
+    assert len(planner.next_requests(world.view(planner.setup, 1, asked, tallies))) == 12
+
+
+def test_a_refill_asked_early_draws_beside_what_its_inner_planner_goes_on_with() -> None:
+    planner = Refill(setup(100, 4, 8), inner=inner(DARS))
+    asked = (tuple((task, 8) for task in range(4)),)
+    tallies = {0: Tally((1.0,) + (0.0,) * 7, 8), 1: Tally((1.0,) * 8, 8)}
+    world = World(np.zeros(100))
+    found = planner.next_requests(world.view(planner.setup, 1, asked, tallies, pending=(2, 3)))
+    assert found[0] == (0, 11)
+    assert [n for task, n in found if task > 3] == [8]
+    assert len(found) == 2
+
+
+def test_a_draw_is_of_the_generation_after_the_newest_that_is_back() -> None:
+    def number(back: set[int]) -> int:
+        asked = (((0, 1), (1, 1), (2, 1)), ((3, 1),), ((4, 1), (0, 1)), ((5, 1),))
+        pending_at = [set[int](), {1, 2}, {2, 3}, {2, 4, 5}]  # 3 and 4 are of the second, 5 third
+        view = World(np.zeros(9)).view(
+            setup(9), 1, asked, {}, set(range(6)) - back, tuple(map(frozenset, pending_at))
+        )
+        return view.generation()
+
+    assert [number(back) for back in (set(), {0}, {1, 0}, {3}, {0, 4}, {5}, {0, 5, 3})] == [
+        *(1, 2, 2, 3, 3, 4, 4)
+    ]
+
+
+@pytest.mark.parametrize(
+    ("name", "early", "single"),
+    [
+        ("constant", False, True),
+        ("knapsack", False, True),
+        ("coba", False, True),
+        ("e3", False, True),
+        ("xrpo", False, False),
+        ("dars", True, False),
+        ("reinforce_ada", True, False),
+        ("speed", True, False),
+        ("refill", True, False),
+        ("refill_coba", True, False),
+        ("refill_dars", True, False),
+        ("refill_xrpo", False, False),
+    ],
+)
+def test_a_planner_says_when_it_may_be_asked(name: str, early: bool, single: bool) -> None:
+    planner = ALL[name](setup())
+    assert (planner.early, planner.single_round) == (early, single)
+    rounds = len(World(np.linspace(0, 1, 40)).play(planner).asked)
+    assert rounds == 1 if single else rounds > 1
+
+
+# what holds for all
 
 
 @pytest.mark.parametrize("name", ALL)

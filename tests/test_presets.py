@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -49,15 +50,15 @@ def parts(overrides: list[str]) -> dict[str, Any]:
         composed = hydra.compose("train", overrides)
     if "embeddings" in composed.scheduler.estimator:
         composed.scheduler.estimator.embeddings = "set by the test"
-    found: Any = OmegaConf.to_container(composed.scheduler, resolve=True)
+    scheduler: Any = OmegaConf.to_container(composed.scheduler, resolve=True)
+    found = {name: scheduler[name] for name in ("estimator", "selector", "planner")}
     for name, part in found.items():
         check(f"scheduler.{name}", part)
-    return dict(found)
+    return found
 
 
-@pytest.mark.parametrize("name", ALL)
-def test_a_preset_goes_on_after_a_restart_as_if_it_had_lived(name: str, tmp_path: Path) -> None:
-    """Ten steps, then a crash; five more from snapshot and journal, and from the journal alone."""
+def opener(name: str, tmp_path: Path) -> Callable[[Path], Scheduler]:
+    """Opens a scheduler of a preset in a folder."""
     found = parts(ALL[name])
     pool = random_pool(60)
     if "embeddings" in found["estimator"]:
@@ -70,23 +71,49 @@ def test_a_preset_goes_on_after_a_restart_as_if_it_had_lived(name: str, tmp_path
             pool, **found, tasks_per_step=6, rollouts_per_task=8, seed=0, folder=folder
         )
 
+    return open_at
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_planning_changes_nothing_that_is_learnt_or_drawn(name: str, tmp_path: Path) -> None:
+    open_at = opener(name, tmp_path)
+    asked, twin = open_at(tmp_path / "asked"), open_at(tmp_path / "twin")
+    for step in range(1, 6):
+        before = asked.snapshot()[0].read_bytes()
+        tasks = [task for task, _ in asked.plan(step, 0, []).requests]
+        asked.plan(step + 1, 0, [])
+        for _ in range(2):
+            assert asked.plan(step, 1, [], tasks).requests == ()
+        assert asked.snapshot()[0].read_bytes() == before
+        twin.plan(step, 0, [])
+        twin.plan(step + 1, 0, [])
+        assert play(asked, step, points=4) == play(twin, step, points=4)
+    assert (tmp_path / "asked" / JOURNAL).read_text() == (tmp_path / "twin" / JOURNAL).read_text()
+    asked.close()
+    twin.close()
+
+
+@pytest.mark.parametrize("name", ALL)
+def test_a_preset_goes_on_after_a_restart_as_if_it_had_lived(name: str, tmp_path: Path) -> None:
+    """Ten steps, then a crash; five more from snapshot and journal, and from the journal alone."""
+    open_at = opener(name, tmp_path)
     lives = open_at(tmp_path / "lives")
     for step in range(1, 11):
-        play(lives, step)
+        play(lives, step, points=1 + step % 4)
         if step == 7:
             lives.snapshot()
     for copy in ("both", "journal"):
         shutil.copytree(tmp_path / "lives", tmp_path / copy)
     (tmp_path / "journal" / SNAPSHOT).unlink()
     for step in range(11, 16):
-        play(lives, step)
-    expected, journal = lives.snapshot().read_bytes(), (tmp_path / "lives" / JOURNAL).read_text()
+        play(lives, step, points=1 + step % 4)
+    expected, journal = lives.snapshot()[0].read_bytes(), (tmp_path / "lives" / JOURNAL).read_text()
     assert journal.count('"event": "plan"') >= 15
     lives.close()
     for copy in ("both", "journal"):
         again = open_at(tmp_path / copy)
         for step in range(11, 16):
-            play(again, step)
-        assert again.snapshot().read_bytes() == expected
+            play(again, step, points=1 + step % 4)
+        assert again.snapshot()[0].read_bytes() == expected
         assert (tmp_path / copy / JOURNAL).read_text() == journal
         again.close()

@@ -209,11 +209,15 @@ def test_a_thousand_hostile_answers_leave_a_pool_of_the_same_size_and_no_call_is
 
 def test_checks_go_on_while_the_caller_does_something_else(pool: VerifierPool) -> None:
     start = time.monotonic()
-    pool.submit([(Task("a", "p", "a"), "sleep 0.5", "stop")])
-    pool.submit([(Task("b", "p", "a"), "0", "stop")])
+    pool.submit([7], [(Task("a", "p", "a"), "sleep 0.5", "stop")])
+    pool.submit([8], [(Task("b", "p", "a"), "0", "stop")])
+    assert pool.poll(0.0) == []
     assert time.monotonic() - start < 0.3
-    assert [s.reason for s in pool.collect()] == ["correct", "wrong"]
-    assert pool.collect() == []
+    found: dict[int, str] = {}
+    while len(found) < 2:
+        found |= {key: score.reason for key, score in pool.poll(5.0)}
+    assert found == {7: "correct", 8: "wrong"}
+    assert pool.poll(0.0) == []
 
 
 @pytest.mark.parametrize("name", ["Unbuildable", "Dying"])
@@ -266,15 +270,42 @@ def test_its_processes_are_gone_after_close() -> None:
 
 
 def test_closing_ends_checks_that_are_under_way_and_those_that_wait() -> None:
+    others = set(psutil.Process().children())
     mine = puppet()
-    mine.submit([(Task("a", "p", "a"), "sleep 1", "stop")] * 60)
-    pid = psutil.Process().children()[-1].pid
+    mine.submit(range(60), [(Task("a", "p", "a"), "sleep 1", "stop")] * 60)
+    (started,) = set(psutil.Process().children()) - others  # what its workers are forked from
     start = time.monotonic()
     mine.close()
     assert time.monotonic() - start < 5.0  # all of them would take half a minute
-    assert not psutil.pid_exists(pid)
+    assert not started.is_running()
     with pytest.raises(RftError, match="were closed"):
-        mine.collect()
+        mine.poll(1.0)
+
+
+def test_closing_gives_the_check_under_way_no_score() -> None:
+    mine = puppet(workers=1)
+    (worker,) = {int(s.detail) for s in score(mine, "pid")}
+    mine.submit([0], [(Task("a", "p", "a"), "sleep 600", "stop")])
+    time.sleep(0.2)  # it is with the worker; were it not, it would have no score either
+    assert psutil.pid_exists(worker)
+    mine.close()
+    with pytest.raises(RftError, match="were closed"):
+        mine.poll(1.0)
+
+
+def test_closing_while_a_worker_is_built_says_so_and_does_not_blame_the_verifier(
+    tmp_path: Path,
+) -> None:
+    others = set(psutil.Process().children())
+    mine = puppet("QuickOnce", path=str(tmp_path / "built"))
+    (nursery,) = set(psutil.Process().children()) - others
+    mine.submit(range(2), [(Task("a", "p", "a"), "sleep 1", "stop")] * 2)
+    end = time.monotonic() + 30
+    while len(nursery.children()) < 2 and time.monotonic() < end:
+        time.sleep(0.01)
+    mine.close()
+    with pytest.raises(RftError, match="were closed"):
+        mine.poll(1.0)
 
 
 @pytest.mark.timeout(60)

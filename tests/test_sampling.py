@@ -2,53 +2,45 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from dataclasses import replace
 
-import numpy as np
 import pytest
+from scripted import ScriptedEngine
 
 from rft.clock import Clock
 from rft.cluster.base import InlineCluster
-from rft.cluster.groups import Engines, Verifiers
+from rft.cluster.engines import Engines
+from rft.cluster.groups import Verifiers
 from rft.errors import RftError
 from rft.records import Request, Rollout, Sampling, Task
-from rft.rollout.stream import Finished
-from rft.sampling import sample
+from rft.rollout.engine import Finished
+from rft.sampling import Sampler, sample, sample_requests
 from rft.tasks.pool import TaskPool
 
 
-class Backwards:
-    """An engine that finishes its last rollouts first, two at a time; `lost` are never finished.
+class Backwards(ScriptedEngine):
+    """Finishes its last rollouts first; a rollout's text is its seed: 1 where a puppet verifier
+    shall say that it is right."""
 
-    A rollout's text is its seed: 1 where a puppet verifier shall say that it is right.
-    """
-
-    def __init__(self, lost: int = 0) -> None:
-        self._lost = lost
-
-    def stream(self, requests: Sequence[Request]) -> Iterator[Finished]:
-        nothing = np.zeros(1, dtype=np.int32)
-        logp = np.zeros(1, dtype=np.float32)
-        rows = [
-            Rollout(r.task, i, "", r.prompt_ids, nothing, logp, nothing, "stop", str(seed))
-            for r in requests
-            for i, seed in enumerate(r.seeds)
-        ]
-        places = [*enumerate(rows)][::-1][self._lost :]
-        for start in range(0, len(places), 2):
-            yield places[start : start + 2]
-
-    def close(self) -> None:
-        pass
+    def poll(self, at_least: float, at_most: float) -> Finished:
+        done = []
+        while self.busy():
+            done += self.step()
+        seeds = {number: str(rollout.prompt_ids[-1]) for number, rollout in done}
+        return [(n, replace(r, text=seeds[n])) for n, r in sorted(done)[::-1]]
 
 
-def sampled(lost: int = 0) -> tuple[list[tuple[str, int]], list[float]]:
+def sampled() -> tuple[list[Rollout | None], list[float], dict[str, float]]:
+    """Tasks a, b and c with 3, 2 and 4 rollouts; the prompt's last token is what is answered."""
     tasks = [Task(name, name, "") for name in ("a", "b", "c")]
-    seeds = ((1, 0, 0), (0, 1), (0, 0, 1, 1))
-    requests = [Request(t.id, (1,), s, Sampling()) for t, s in zip(tasks, seeds, strict=True)]
+    answers = {"a": (1, 0, 0), "b": (0, 1), "c": (0, 0, 1, 1)}
+    requests = [
+        Request(0, task, (5, answer), i, Sampling(), i)
+        for task, of in answers.items()
+        for i, answer in enumerate(of)
+    ]
     cluster = InlineCluster()
     try:
-        engine = cluster.spawn("engine", "test_sampling.Backwards", lost=lost)
         verifiers = cluster.spawn(
             "verifiers",
             "rft.rewards.pool.VerifierPool",
@@ -56,31 +48,31 @@ def sampled(lost: int = 0) -> tuple[list[tuple[str, int]], list[float]]:
             workers=2,
             timeout=5.0,
         )
-        rollouts, scores = sample(
-            Engines(cluster, [engine], 60.0),
-            Verifiers(cluster, verifiers, 5.0),
-            TaskPool.of(tasks, [(1,)] * 3),
-            requests,
-            Clock(),
+        engines = Engines(
+            cluster,
+            lambda i: cluster.spawn(f"engine {i}", "test_sampling.Backwards"),
+            1,
+            heartbeat=60.0,
+            deadline=60.0,
+            restarts=0,
         )
+        clock = Clock()
+        sampler = Sampler(engines, Verifiers(cluster, verifiers, 5.0))
+        rollouts, scores = sample(sampler, TaskPool.of(tasks, [(5, 0)] * 3), requests, clock)
+        return rollouts, [score.reward for score in scores], clock.lap()
     finally:
         cluster.close()
-    return [(r.task, r.index) for r in rollouts], [s.reward for s in scores]
 
 
-def test_rollouts_and_scores_come_in_the_order_of_requests_and_seeds() -> None:
-    places, rewards = sampled()
-    assert places == [
-        ("a", 0),
-        ("a", 1),
-        ("a", 2),
-        ("b", 0),
-        ("b", 1),
-        *(("c", i) for i in range(4)),
+def test_scores_belong_to_their_rollouts_whatever_was_finished_first() -> None:
+    rollouts, rewards, times = sampled()
+    assert [(r.task, r.index) for r in rollouts if r is not None] == [
+        (task, i) for task, n in (("a", 3), ("b", 2), ("c", 4)) for i in range(n)
     ]
     assert rewards == [1, 0, 0, 0, 1, 0, 0, 1, 1]
+    assert times["time/generate"] >= 0.0
 
 
-def test_rollouts_that_never_came_are_an_error() -> None:
-    with pytest.raises(RftError, match="7 of 9 rollouts"):
-        sampled(lost=2)
+def test_a_task_is_sampled_once() -> None:
+    with pytest.raises(RftError, match="give each once"):
+        sample_requests(None, None, ["a", "a"], "evaluate")  # type: ignore[arg-type]

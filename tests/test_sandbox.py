@@ -775,8 +775,10 @@ def test_closing_leaves_nothing_behind(tier: str) -> None:
     with _with_new(tier) as sandbox:
         assert sandbox.run("open('left', 'w')").status == "ok"
         assert sandbox.run("while True: pass", limits=QUICK).status == "timeout"
-        assert len(ours()) > len(before[0])
-    assert state() == before
+        assert ours() - before[0]
+    after = state()
+    assert after[0] <= before[0]  # a process of the test before may have been about to end
+    assert after[1:] == before[1:]
     with pytest.raises(SandboxFault, match="closed"):
         sandbox.run("print(1)")
     sandbox.close()
@@ -796,7 +798,7 @@ def test_closing_ends_a_program_that_runs(tier: str) -> None:
         assert named(name) == []
         with pytest.raises(SandboxFault):
             future.result()
-    assert ours() == before
+    assert ours() <= before
 
 
 @pytest.mark.parametrize("tier", ["bwrap", "userns"])

@@ -6,6 +6,7 @@ import json
 import math
 import shutil
 import tempfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,10 +14,21 @@ import numpy as np
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from scheduling import BETA, MEAN, THOMPSON, UNIFORM, answers, play, random_pool, same, scheduler
+from scheduling import (
+    BETA,
+    CONSTANT,
+    MEAN,
+    THOMPSON,
+    UNIFORM,
+    answers,
+    play,
+    random_pool,
+    same,
+    scheduler,
+)
 
 from rft.errors import RftError
-from rft.records import Feedback, Outcome
+from rft.records import Feedback, Outcome, Plan
 from rft.scheduler.journal import JOURNAL, read_journal, rewind_journal
 from rft.scheduler.parts import PoolView
 from rft.scheduler.scheduler import SNAPSHOT, Scheduler
@@ -26,7 +38,7 @@ TWO_ROUNDS = {"_target_": "parts_for_tests.TwoRounds"}
 
 
 def posterior(of: Scheduler) -> Any:
-    return load_state(of.snapshot())["estimator"]
+    return load_state(of.snapshot()[0])["estimator"]
 
 
 def feedback(step: int, *outcomes: Outcome, **keys: Any) -> Feedback:
@@ -101,6 +113,100 @@ def test_a_journal_line_says_why_each_task_was_chosen(tmp_path: Path) -> None:
         assert abs(draw - 0.5) < 0.5
     distances = [abs(row[5] - 0.5) for row in line["tasks"]]
     assert distances == sorted(distances)
+
+
+# ---- plans that are asked for early
+
+REFILL = {"_target_": "rft.scheduler.planners.refill.Refill", "inner": CONSTANT}
+
+
+def unsolved(requests: Sequence[tuple[str, int]], k: int) -> list[Outcome]:
+    """The first `k` of what was asked for, all wrong."""
+    return [Outcome(task, (0.0,) * n) for task, n in requests[:k]]
+
+
+def test_a_round_that_wants_nothing_yet_leaves_no_trace(tmp_path: Path) -> None:
+    part, twin = (scheduler(tmp_path / name, planner=REFILL) for name in "ab")
+    plan = part.plan(1, 0, [])
+    assert plan.early
+    assert twin.plan(1, 0, []) == plan
+    tasks = [task for task, _ in plan.requests]
+    before = posterior(part), (tmp_path / "a" / JOURNAL).read_bytes()
+    for _ in range(2):
+        assert part.plan(1, 1, [], tasks) == Plan(1, 1, (), early=True)
+    assert same(posterior(part), before[0])
+    assert (tmp_path / "a" / JOURNAL).read_bytes() == before[1]
+    wrong = unsolved(plan.requests, 2)
+    late = part.plan(1, 1, wrong, tasks[2:])
+    assert len(late.requests) == 2
+    assert twin.plan(1, 1, wrong, tasks[2:]) == late
+    part.close()
+    twin.close()
+
+
+def test_a_round_that_was_asked_for_early_is_asked_for_once(tmp_path: Path) -> None:
+    part = scheduler(tmp_path, planner=REFILL)
+    first = part.plan(1, 0, []).requests
+    tasks = [task for task, _ in first]
+    early = part.plan(1, 1, unsolved(first, 1), tasks[1:])
+    assert len(early.requests) == 1
+    part.close()
+    again = scheduler(tmp_path, planner=REFILL)
+    for so_far, pending in (([], []), (unsolved(first, 1), tasks[1:]), (unsolved(first, 3), [])):
+        assert again.plan(1, 1, so_far, pending) == early
+    assert events(tmp_path) == [("pool", 0), ("plan", 1), ("plan", 1)]
+    lines = [line for line in read_journal(tmp_path / JOURNAL) if line["event"] == "plan"]
+    assert [line.get("pending") for line in lines] == [None, sorted(int(t[1:]) for t in tasks[1:])]
+    again.close()
+
+
+def test_draws_in_place_of_one_generation_count_as_one_after_a_crash_too(tmp_path: Path) -> None:
+    keys: dict[str, Any] = {"planner": REFILL | {"max_rounds": 3}}
+    part = scheduler(tmp_path, **keys)
+    first = part.plan(1, 0, []).requests
+    asked = [*first]
+    for round in (1, 2, 3, 4):  # each in place of one of the first generation
+        pending = [task for task, _ in asked[round:]]
+        asked += part.plan(1, round, unsolved(asked, round), pending).requests
+        assert len(asked) == 4 + round
+        part.close()
+        part = scheduler(tmp_path, **keys)
+    third = part.plan(1, 5, unsolved(asked, 8)).requests  # now all of the second are back
+    assert len(third) == 4
+    assert part.plan(1, 6, unsolved([*asked, *third], 12)).requests == ()
+    part.close()
+
+
+def test_a_planner_that_is_not_early_wants_nothing_while_something_is_pending(
+    tmp_path: Path,
+) -> None:
+    part = scheduler(tmp_path, planner=TWO_ROUNDS)
+    plan = part.plan(1, 0, [])
+    assert not plan.early
+    outcomes = answers(1, plan.requests)
+    assert part.plan(1, 1, outcomes[:3], [outcomes[3].task]).requests == ()
+    assert events(tmp_path) == [("pool", 0), ("plan", 1)]
+    assert part.plan(1, 1, outcomes).requests
+    part.close()
+
+
+def test_what_is_known_of_a_pending_task_is_not_looked_at(tmp_path: Path) -> None:
+    part = scheduler(tmp_path, planner={"_target_": "rft.scheduler.planners.dars.DARS"})
+    first = part.plan(1, 0, []).requests
+    tasks = [task for task, _ in first]
+    assert part.plan(1, 1, unsolved(first, 4), tasks).requests == ()
+    more = part.plan(1, 1, unsolved(first, 4), tasks[1:]).requests
+    assert [task for task, _ in more] == tasks[:1]
+    part.close()
+
+
+def test_a_task_that_was_not_planned_cannot_be_pending(tmp_path: Path) -> None:
+    part = scheduler(tmp_path, planner=REFILL)
+    part.plan(1, 0, [])
+    for step, round in ((1, 1), (2, 0)):
+        with pytest.raises(RftError, match="'t99' is said to be pending, and was not planned"):
+            part.plan(step, round, [], ["t99"])
+    part.close()
 
 
 # ---- feedback
@@ -189,6 +295,39 @@ def test_plans_open_side_by_side_walk_an_epoch_once(tmp_path: Path) -> None:
     seen = [task for task, _ in (*first.requests, *second.requests)]
     assert late.requests[-1][0] not in seen
     part.close()
+
+
+def test_what_a_survey_found_decides_until_the_next_one(tmp_path: Path) -> None:
+    estimator = {"_target_": "rft.scheduler.estimators.surveyed.Surveyed"}
+    part = scheduler(tmp_path / "a", estimator=estimator, selector=MEAN)
+    rates = [0.0] * 26 + [1 / 3, 0.5, 0.5, 2 / 3]
+    part.survey(1, rates)
+    part.survey(1, [0.0] * 30)  # of the same step again: not looked at
+    chosen = {f"t{i}" for i in range(26, 30)}
+    assert {task for task, _ in part.plan(1, 0, []).requests} == chosen
+    part.observe(feedback(1))
+    shutil.copytree(tmp_path / "a", tmp_path / "b")
+    again = scheduler(tmp_path / "b", estimator=estimator, selector=MEAN)  # from the journal alone
+    assert again.predict(np.arange(30))[0].tolist() == rates
+    assert {task for task, _ in again.plan(2, 0, []).requests} == chosen
+    again.observe(feedback(2))
+    again.survey(3, rates[::-1])
+    again.snapshot()
+    third = scheduler(tmp_path / "b", estimator=estimator, selector=MEAN)  # from both
+    assert {task for task, _ in third.plan(3, 0, []).requests} == {"t0", "t1", "t2", "t3"}
+
+
+@pytest.mark.parametrize("rates", [[0.5] * 29, [0.5] * 29 + [1.5], [0.5] * 29 + [math.nan]])
+def test_a_survey_that_is_no_pass_rate_of_each_task_is_refused(
+    tmp_path: Path, rates: list[float]
+) -> None:
+    with pytest.raises(RftError, match=r"for 30 tasks, or one outside"):
+        scheduler(tmp_path).survey(1, rates)
+
+
+def test_an_estimator_that_makes_no_use_of_surveys_says_so(tmp_path: Path) -> None:
+    with pytest.raises(RftError, match=r"survey_every is set, and BetaEstimator makes no use"):
+        scheduler(tmp_path).survey(1, [0.5] * 30)
 
 
 @pytest.mark.parametrize("reward", [-0.1, 1.7, float("nan"), float("inf")])
@@ -348,7 +487,7 @@ def test_killed_at_any_moment_it_goes_on_as_if_it_had_lived(
             if snapshot:
                 dies.snapshot()
                 dies, folder = kill(dies, folder, **keys)
-        assert dies.snapshot().read_bytes() == lives.snapshot().read_bytes()
+        assert dies.snapshot()[0].read_bytes() == lives.snapshot()[0].read_bytes()
         assert (folder / JOURNAL).read_text() == (Path(root) / "lives" / JOURNAL).read_text()
         lives.close()
         dies.close()
@@ -358,11 +497,11 @@ def test_replaying_the_journal_gives_the_live_state(tmp_path: Path) -> None:
     part = scheduler(tmp_path / "run", planner=TWO_ROUNDS)
     for step in range(1, 20):
         play(part, step)
-    live = part.snapshot().read_bytes()
+    live = part.snapshot()[0].read_bytes()
     part.close()
     (tmp_path / "run" / SNAPSHOT).unlink()
     again = scheduler(tmp_path / "run", planner=TWO_ROUNDS)
-    assert again.snapshot().read_bytes() == live
+    assert again.snapshot()[0].read_bytes() == live
     again.close()
 
 
@@ -376,33 +515,53 @@ def test_a_line_torn_by_a_kill_does_not_spoil_the_next_one(tmp_path: Path) -> No
     scheduler(folder).close()
 
 
-def test_a_rewound_journal_forgets_what_came_after_the_step(tmp_path: Path) -> None:
+def test_a_rewound_journal_forgets_what_came_after_the_snapshot(tmp_path: Path) -> None:
     part = scheduler(tmp_path)
     for step in (1, 2):
         play(part, step)
+    ahead = part.plan(3, 0, [])  # drawn while the learner works
+    outcomes = answers(3, ahead.requests)
+    part.observe(feedback(3, *outcomes[:1], last=False))
     kept = (tmp_path / JOURNAL).read_text()
-    part.plan(3, 0, [])  # drawn ahead, while the learner works: it is not in the snapshot
-    checkpoint = part.snapshot().read_bytes()
-    for step in (3, 4):
-        play(part, step)
+    path, length = part.snapshot()
+    checkpoint = path.read_bytes()
+    rest = feedback(3, *outcomes[1:], part=1)
+    part.observe(rest)
+    play(part, 4)
     expected = posterior(part)
     part.close()
     with open(tmp_path / JOURNAL, "a") as file:
         file.write('{"event": "plan", "step": 5, "ro')  # torn
 
-    rewind_journal(tmp_path, 2)
+    rewind_journal(tmp_path, length)
     (tmp_path / SNAPSHOT).write_bytes(checkpoint)
     assert (tmp_path / JOURNAL).read_text() == kept
     again = scheduler(tmp_path)
-    for step in (3, 4):
-        play(again, step)
+    assert again.plan(3, 0, []) == ahead
+    assert again.observe(rest)  # with the part that was there before, it is complete
+    play(again, 4)
     assert same(posterior(again), expected)
     again.close()
 
 
-def test_rewinding_where_there_is_no_journal_makes_an_empty_one(tmp_path: Path) -> None:
-    rewind_journal(tmp_path, 3)
-    assert list(read_journal(tmp_path / JOURNAL)) == []
+def test_rewound_to_nothing_the_journal_is_empty(tmp_path: Path) -> None:
+    for _ in range(2):  # where there is none, and where there is one
+        rewind_journal(tmp_path, 0)
+        assert list(read_journal(tmp_path / JOURNAL)) == []
+        scheduler(tmp_path).close()
+
+
+@pytest.mark.parametrize("length", [10, 10_000])
+def test_a_journal_that_the_snapshot_was_not_taken_of_is_refused(
+    tmp_path: Path, length: int
+) -> None:
+    with pytest.raises(RftError, match=f"has 0 bytes and no line that ends at byte {length}"):
+        rewind_journal(tmp_path, length)
+    scheduler(tmp_path).close()
+    before = (tmp_path / JOURNAL).read_bytes()
+    with pytest.raises(RftError, match=f"has {len(before)} bytes .* at byte {length}"):
+        rewind_journal(tmp_path, length)
+    assert (tmp_path / JOURNAL).read_bytes() == before
 
 
 def other_pools() -> dict[str, PoolView]:
@@ -451,5 +610,5 @@ def test_a_plan_written_twice_counts_once(tmp_path: Path) -> None:
 def test_a_journal_of_another_format_is_refused(tmp_path: Path) -> None:
     line = {"event": "pool", "format": 1, "tasks": 30, "digest": ""}
     (tmp_path / JOURNAL).write_text(json.dumps(line) + "\n")
-    with pytest.raises(RftError, match="journal has format 1, this version reads 2"):
+    with pytest.raises(RftError, match="journal has format 1, this version reads 3"):
         scheduler(tmp_path)

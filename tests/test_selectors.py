@@ -33,6 +33,7 @@ from rft.scheduler.selectors.easy_to_hard import EasyToHard
 from rft.scheduler.selectors.epoch import STRETCH, EpochShuffle
 from rft.scheduler.selectors.greso import Greso
 from rft.scheduler.selectors.mixture import DomainMixture, systematic
+from rft.scheduler.selectors.static_filter import StaticFilter
 from rft.scheduler.selectors.target_distance import TargetDistance
 from rft.scheduler.selectors.uniform import Uniform
 from rft.state import load_state, save_state
@@ -52,6 +53,10 @@ def greso(inner: dict[str, Any]) -> dict[str, Any]:
 
 def mixture(inner: dict[str, Any], **keys: Any) -> dict[str, Any]:
     return {"_target_": f"{PART}.mixture.DomainMixture", "inner": inner} | keys
+
+
+def static_filter(inner: dict[str, Any], **keys: Any) -> dict[str, Any]:
+    return {"_target_": f"{PART}.static_filter.StaticFilter", "inner": inner} | keys
 
 
 def cooldown(inner: dict[str, Any], steps: int = 3) -> dict[str, Any]:
@@ -82,6 +87,8 @@ ALL = {
     "mixture": mixture(TARGET),
     "mixture, fixed": mixture(UNIFORM, mode="fixed", shares={"b": 1.0, "c": 3}),
     "mixture, adaptive": mixture(EPOCH, mode="adaptive"),
+    "static filter": static_filter(UNIFORM),
+    "static filter of target": static_filter(TARGET, easy=0.7, hard=0.3),
     "cooldown of target": cooldown(TARGET),
     "cooldown of uniform": cooldown(UNIFORM, steps=1),
     "coverage of target": coverage(TARGET),
@@ -637,6 +644,26 @@ def test_a_mixture_of_a_pool_without_domains_is_refused() -> None:
         DomainMixture(Setup(pool, 1, 8, 0), inner=UNIFORM)
 
 
+# ---- static filter
+
+
+def test_a_static_filter_leaves_out_what_weak_always_and_what_strong_never_solves() -> None:
+    weak = np.array([0.0, 1.0, 0.5, 0.0, np.nan, 0.0])
+    strong = np.array([0.0, 1.0, 1.0, 0.5, np.nan, np.nan])
+    of = Setup(PoolView([*"abcdef"], weak, strong), 3, 8, 0)
+    selector = StaticFilter(of, inner=UNIFORM)
+    seen = [set(selector.select(view(of, seed=seed), 3).tolist()) for seed in range(20)]
+    assert set.union(*seen) == {2, 3, 4, 5}
+    for k in (5, 6):  # more than are left: others fill up
+        assert {2, 3, 4, 5} < set(selector.select(view(of), k).tolist())
+
+
+def test_a_static_filter_that_leaves_nothing_is_refused() -> None:
+    weak, strong = np.ones(8), np.ones(8)
+    with pytest.raises(RftError, match=r"easy=1.0 and hard=0.0 leave none of 8 tasks"):
+        StaticFilter(Setup(PoolView([*"abcdefgh"], weak, strong), 3, 8, 0), inner=UNIFORM)
+
+
 # ---- cooldown
 
 
@@ -721,7 +748,8 @@ def composed(*overrides: str) -> Any:
 
 
 PRESETS = ["uniform", "bots", "epoch", "easy_to_hard", "adarft", "greso", "mixture"]
-PARTS = ["epoch", "easy_to_hard", "adarft", "greso", "mixture", "cooldown", "coverage"]
+PARTS = ["epoch", "easy_to_hard", "static_filter", "adarft", "greso", "mixture", "cooldown"]
+PARTS += ["coverage"]
 
 
 @pytest.mark.parametrize(

@@ -18,9 +18,9 @@ import pytest
 from rft.config.parts import build
 from rft.config.simulation import WorldConfig
 from rft.errors import RftError
-from rft.simulate import compose, compose_arms, run_all, simulate
+from rft.simulate import compose, compose_arms, main, run_all, simulate
 from rft.simulation.play import Curve
-from rft.simulation.summary import Cell, bsf, cell, table, time_to, ttb
+from rft.simulation.summary import Cell, bsf, cell, table, ttb
 from rft.simulation.world import make_world
 
 SMALL = ["world.tasks=200", "world.held_out=200", "steps=6", "tasks_per_step=8", "workers=1"]
@@ -114,8 +114,6 @@ def curve(arm: str, accuracy: list[float], seed: int = 0) -> Curve:
 def test_time_to_baseline_and_best_so_far_by_hand() -> None:
     base = curve("uniform", [0.2, 0.3, 0.4, 0.35, 0.6])
     fast = curve("fast", [0.2, 0.4, 0.6, 0.5, 0.7])
-    assert time_to(base, 0.4, STEPS) == 20
-    assert time_to(base, 0.5, STEPS) == pytest.approx(35)  # the dip at 30 does not count
     assert ttb(fast, base, 1.0, lambda c: c.steps) == pytest.approx(20 / 40)
     assert ttb(fast, base, 0.5, lambda c: c.steps) == pytest.approx(10 / 20)
     assert bsf(fast, base, 0.25) == pytest.approx(0.4 / 0.3)
@@ -212,15 +210,22 @@ def test_what_it_writes_says_that_it_is_simulated(
         (["world.domains=0"], "world.domains=0 is too small"),
     ],
 )
-def test_what_cannot_be_simulated_is_one_line(overrides: list[str], words: str) -> None:
+def test_what_cannot_be_simulated_is_one_line(
+    overrides: list[str],
+    words: str,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
     small = [
         s for s in SMALL if s.partition("=")[0] not in {o.partition("=")[0] for o in overrides}
     ]
-    command = [sys.executable, "-m", "rft.simulate", *small, *overrides]
-    done = subprocess.run(command, capture_output=True, text=True)
-    assert done.returncode == 2, done.stdout + done.stderr
-    assert len(done.stderr.strip().splitlines()) == 1, done.stderr
-    assert words in done.stderr
+    monkeypatch.setattr(sys, "argv", ["rft.simulate", *small, *overrides])
+    with pytest.raises(SystemExit) as ended:
+        main()
+    assert ended.value.code == 2
+    said = capsys.readouterr().err
+    assert len(said.strip().splitlines()) == 1, said
+    assert words in said
 
 
 def test_a_config_that_is_wrong_is_an_error_of_ours() -> None:

@@ -6,7 +6,7 @@ Two clusters share this protocol: `inline` runs every part in this process, for 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -19,32 +19,45 @@ RAY_NOTE = ".ray"
 
 class Handle(Protocol):
     """One worker. `call` starts a method and returns something for `Cluster.gather`; it may also
-    be passed to another worker's `call` as an argument, where its value arrives. `stream` starts a
-    method that yields, for `Cluster.stream`."""
+    be passed to another worker's `call` as an argument, where its value arrives. A worker's calls
+    are made in their order."""
 
     name: str
 
     def call(self, method: str, *args: Any) -> Any: ...
 
-    def stream(self, method: str, *args: Any) -> Any: ...
-
 
 class Cluster(Protocol):
     """Makes workers, waits for them, and ends them."""
 
-    def spawn(self, name: str, target: str, gpu: int | None = None, **kwargs: Any) -> Handle:
-        """Start building `target`, a dotted class, with `kwargs` in a worker called `name`; on the
-        run's GPU number `gpu`, unless that is None."""
+    parcel_seconds: float
+    """How long results are gathered before they are sent, where a message costs something."""
+
+    def spawn(self, name: str, target: str, gpus: Sequence[int] = (), **kwargs: Any) -> Handle:
+        """Start building `target`, a dotted class, with `kwargs` in a worker called `name`, which
+        sees the run's GPUs of these numbers, all of one node."""
         ...
 
-    def gather(self, pending: Sequence[Any], *, what: str, deadline: float) -> list[Any]:
+    def gather(
+        self,
+        pending: Sequence[Any],
+        *,
+        what: str,
+        deadline: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Any]:
         """The values of `pending`. Raises `PartDied` if a worker ends or `deadline` seconds pass
-        first, and passes on a worker's own `RftError`."""
+        first, and passes on a worker's own `RftError`. `meanwhile` is called again and again
+        while it waits."""
         ...
 
-    def stream(self, pending: Sequence[Any], *, what: str, deadline: float) -> Iterator[Any]:
-        """What all of `pending` yield, as it comes, each with its number in `pending`. Raises as
-        `gather` does; `deadline` bounds the whole."""
+    def ready(self, pending: Sequence[Any], seconds: float) -> list[Any]:
+        """Those of `pending` that have a value or an error, as soon as one has, or none after
+        `seconds`."""
+        ...
+
+    def value(self, pending: Any, what: str) -> Any:
+        """The value of one that is ready. Raises as `gather` does."""
         ...
 
     def host(self, handle: Handle) -> str:
@@ -77,29 +90,37 @@ class InlineHandle:
         args = tuple(a.value if isinstance(a, Done) else a for a in args)
         return Done(getattr(self._part, method)(*args))
 
-    def stream(self, method: str, *args: Any) -> Iterator[Any]:
-        values: Iterator[Any] = getattr(self._part, method)(*args)
-        return values
-
 
 class InlineCluster:
     """Everything in this process, one call after another."""
 
+    parcel_seconds = 0.0
+
     def __init__(self) -> None:
         self._parts = ExitStack()
 
-    def spawn(self, name: str, target: str, gpu: int | None = None, **kwargs: Any) -> InlineHandle:
+    def spawn(
+        self, name: str, target: str, gpus: Sequence[int] = (), **kwargs: Any
+    ) -> InlineHandle:
         part = build({"_target_": target}, **kwargs)
         self._parts.callback(part.close)
         return InlineHandle(name, part)
 
-    def gather(self, pending: Sequence[Done], *, what: str, deadline: float) -> list[Any]:
+    def gather(
+        self,
+        pending: Sequence[Done],
+        *,
+        what: str,
+        deadline: float,
+        meanwhile: Callable[[], None] | None = None,
+    ) -> list[Any]:
         return [done.value for done in pending]
 
-    def stream(self, pending: Sequence[Any], *, what: str, deadline: float) -> Iterator[Any]:
-        for number, values in enumerate(pending):
-            for value in values:
-                yield number, value
+    def ready(self, pending: Sequence[Done], seconds: float) -> list[Done]:
+        return list(pending)
+
+    def value(self, pending: Done, what: str) -> Any:
+        return pending.value
 
     def host(self, handle: Handle) -> str:
         return "127.0.0.1"

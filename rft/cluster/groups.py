@@ -1,11 +1,12 @@
-"""What the loop talks to: engines, learner ranks, scheduler and verifiers as groups of workers.
+"""What the loop talks to besides the engines: learner ranks, scheduler and verifiers.
 
 Written once over `Handle` and `Cluster`, so inline and Ray runs take the same path.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import time
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,65 +14,18 @@ import numpy as np
 import numpy.typing as npt
 
 from rft.cluster.base import Cluster, Handle
+from rft.cluster.sync import Publishing
 from rft.errors import PartDied, RftError
 from rft.learner.messages import Facts, Learned, Result, Rows, Update
-from rft.learner.packing import Packing, assign
-from rft.records import Feedback, Knobs, Outcome, Plan, Receipt, Request, Score, Totals
+from rft.learner.packing import Packing, Row, assign
+from rft.records import Feedback, Knobs, Outcome, Plan, Score, Totals
 from rft.records import Sequence as TrainSequence
 from rft.rewards.pool import Item
-from rft.rollout.stream import Finished
 
-PROBE_TOLERANCE = {"float32": 1e-4, "bfloat16": 0.05}
-"""Largest gap between learner's and engine's log-probs of the probe: of any token in float32, in
-the mean in bfloat16, where one unlikely token may be off by a rounding step of its logit. Weights
-that were not loaded, or wrongly, differ by far more. At a small learning rate weights of the step
-before may not: those are told by version and checksum."""
-
-
-class Engines:
-    """All rollout engines: requests spread over them, one proof that they hold new weights."""
-
-    def __init__(self, cluster: Cluster, handles: list[Handle], deadline: float) -> None:
-        self._cluster, self._handles, self._deadline = cluster, handles, deadline
-
-    def stream(self, requests: Sequence[Request]) -> Iterator[Finished]:
-        """Rollouts with their places, counted over all seeds of all requests in order, as they
-        finish, whatever engine made them."""
-        shares: list[list[int]] = [[] for _ in self._handles]
-        load = np.zeros(len(self._handles))
-        for i, request in enumerate(requests):
-            engine = int(load.argmin())
-            shares[engine].append(i)
-            load[engine] += (
-                len(request.prompt_ids) + len(request.seeds) * request.sampling.max_tokens
-            )
-        starts = np.cumsum([0, *(len(request.seeds) for request in requests)])
-        busy = [(h, share) for h, share in zip(self._handles, shares, strict=True) if share]
-        places = [[p for i in share for p in range(starts[i], starts[i + 1])] for _, share in busy]
-        pending = [h.stream("stream", [requests[i] for i in share]) for h, share in busy]
-        parcels = self._cluster.stream(pending, what="generation", deadline=self._deadline)
-        for engine, parcel in parcels:
-            yield [(places[engine][place], rollout) for place, rollout in parcel]
-
-    def load(self, bundle: Any) -> list[Receipt]:
-        """Give every engine the bundle, a pending value of the learner's; their receipts."""
-        pending = [handle.call("load_weights", bundle) for handle in self._handles]
-        return self._gather(pending, "the weight update")
-
-    def logprobs(self, tokens: npt.NDArray[np.int32]) -> list[npt.NDArray[np.float32]]:
-        """Each engine's log-probs of the probe."""
-        return self._gather([h.call("logprobs", tokens) for h in self._handles], "the probe")
-
-    def sleep(self) -> None:
-        """Give GPU memory to the learner."""
-        self._gather([h.call("sleep") for h in self._handles], "engines falling asleep")
-
-    def wake(self) -> None:
-        """Take GPU memory back."""
-        self._gather([h.call("wake") for h in self._handles], "engines waking up")
-
-    def _gather(self, pending: list[Any], what: str) -> list[Any]:
-        return self._cluster.gather(pending, what=what, deadline=self._deadline)
+Floats = npt.NDArray[np.float32]
+POLL_SECONDS = 0.25
+"""That a poll of the verifiers lasts at most: other calls wait for one that is under way."""
+START_SECONDS = 300.0
 
 
 class Learner:
@@ -85,11 +39,15 @@ class Learner:
         layout: str,
         token_budget: int,
         sequence_parallel: int,
+        publishing: Publishing,
         deadline: float,
     ) -> None:
         self._cluster, self._handles, self._deadline = cluster, handles, deadline
+        self.publishing = publishing
         self._layout, self._token_budget = layout, token_budget
         self._parallel = sequence_parallel
+        self.meanwhile: Callable[[], None] | None = None
+        """What goes on while the ranks work."""
         self.facts: Facts
         """What the ranks know of the model; after `start`."""
 
@@ -120,8 +78,10 @@ class Learner:
             self.facts.boundaries,
         )
         shares: list[list[Update]] = [[] for _ in self._handles]
+        plans: list[list[list[list[Row]]]] = []
         for sequences, totals in updates:
             plan = assign(sequences, packing, ranks=len(self._handles) // self._parallel)
+            plans.append(plan)
             for rank, share in enumerate(shares):
                 micro: list[Rows] = [
                     [[[sequences[i] for i in block] for block in row] for row in rows]
@@ -137,6 +97,11 @@ class Learner:
                     f"step {knobs.step}: {result.fault}. {taken} of its {len(updates)} optimizer "
                     "steps were taken; the last checkpoint is good"
                 )
+        for number, (result, (sequences, _), plan) in enumerate(
+            zip(results, updates, plans, strict=True)
+        ):
+            speaking = ranks[:: self._parallel]
+            result.gaps = _by_sequence(sequences, plan, [r.results[number].gaps for r in speaking])
         return Learned(
             results,
             ranks[0].seconds,
@@ -144,14 +109,6 @@ class Learner:
             sum(r.useful for r in ranks),
             sum(r.padded for r in ranks),
         )
-
-    def publish(self, version: int) -> tuple[Any, Receipt]:
-        """The policy's weights as a pending value for `Engines.load`, and what they must answer."""
-        pending = [h.call("publish", version) for h in self._handles]
-        # The bundle itself stays where it is; only what it should be comes to this process.
-        (receipt,) = self._gather([self._handles[0].call("published")], "publishing weights")
-        self._gather(pending[1:], "publishing weights")
-        return pending[0], receipt
 
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
         """The policy's log-probs of the probe."""
@@ -166,7 +123,9 @@ class Learner:
         return self._gather([h.call(method, *args) for h in self._handles], what)
 
     def _gather(self, pending: list[Any], what: str) -> list[Any]:
-        return self._cluster.gather(pending, what=what, deadline=self._deadline)
+        return self._cluster.gather(
+            pending, what=what, deadline=self._deadline, meanwhile=self.meanwhile
+        )
 
 
 class SchedulerClient:
@@ -183,11 +142,14 @@ class SchedulerClient:
         self._handle = spawn()
         self._prepared: tuple[int, Any] | None = None
 
-    def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
-        """The next round of a step's plan; the first one may have been prepared."""
+    def plan(
+        self, step: int, round: int, so_far: Sequence[Outcome], pending: Sequence[str] = ()
+    ) -> Plan:
+        """The next round of a step's plan, while `pending` tasks are still being generated; the
+        first one may have been prepared."""
         prepared, self._prepared = self._prepared, None
         first = prepared[1] if prepared is not None and prepared[0] == step and round == 0 else None
-        plan: Plan = self._call("plan", step, round, list(so_far), started=first)
+        plan: Plan = self._call("plan", step, round, list(so_far), list(pending), started=first)
         return plan
 
     def prepare(self, step: int) -> None:
@@ -199,10 +161,14 @@ class SchedulerClient:
         metrics: dict[str, float] = self._call("observe", feedback)
         return metrics
 
-    def snapshot(self) -> Path:
-        """Have the state written; where to."""
-        path: Path = self._call("snapshot")
-        return path
+    def survey(self, step: int, rates: Sequence[float]) -> None:
+        """Tell every task's pass rate, sampled before `step`, in the pool's order."""
+        self._call("survey", step, list(rates))
+
+    def snapshot(self) -> tuple[Path, int]:
+        """Have the state written; where to, and the journal's length in bytes then."""
+        written: tuple[Path, int] = self._call("snapshot")
+        return written
 
     def _call(self, method: str, *args: Any, started: Any = None) -> Any:
         for attempt in range(self.ATTEMPTS):
@@ -224,61 +190,52 @@ class Verifiers:
     """The worker that holds the verifier pool."""
 
     def __init__(self, cluster: Cluster, handle: Handle, timeout: float) -> None:
-        self._cluster, self._handle, self._timeout = cluster, handle, timeout
-        self._pending: list[Any] = []
-        self._items = 0
+        self._cluster, self._handle = cluster, handle
+        # The pool keeps each check's own deadline, and starts workers anew; this one is for a pool
+        # that is lost itself.
+        self._deadline = 60.0 + timeout + 5.0
+        self._submitted: list[Any] = []
+        self._polling: Any = None
+        self._outstanding = 0
+        self._heard = 0.0
 
     def about(self) -> str:
         """What the verifier works with; raises RftError where it cannot be built or lacks
         something."""
         pending = [self._handle.call("about")]
-        said: str = self._cluster.gather(pending, what="the verifiers' start", deadline=300.0)[0]
+        said: str = self._cluster.gather(
+            pending, what="the verifiers' start", deadline=START_SECONDS
+        )[0]
         return said
 
-    def submit(self, items: Sequence[Item]) -> None:
-        """Have `items` scored, without waiting."""
-        self._pending.append(self._handle.call("submit", list(items)))
-        self._items += len(items)
+    def submit(self, keys: Sequence[int], items: Sequence[Item]) -> None:
+        """Have `items`, which `keys` name, scored, without waiting."""
+        if not self._outstanding:
+            self._heard = time.monotonic()
+        self._outstanding += len(items)
+        self._submitted.append(self._handle.call("submit", list(keys), list(items)))
 
-    def collect(self) -> list[Score]:
-        """The scores of all that was submitted since the last call, in order."""
-        # The pool keeps each item's own deadline; this one only bounds a lost pool.
-        deadline = 60.0 + (self._timeout + 5.0) * (self._items + 1)
-        pending = [*self._pending, self._handle.call("collect")]
-        self._pending, self._items = [], 0
-        scores: list[Score] = self._cluster.gather(pending, what="scoring", deadline=deadline)[-1]
-        return scores
-
-
-def prove(
-    engines: Engines, learner: Learner, tokens: npt.NDArray[np.int32], version: int, dtype: str
-) -> float:
-    """Publish weights and prove that every engine has them; returns the largest probe gap.
-
-    The proof: each engine answers with the version and the checksum that the learner sent, and
-    its log-probs of the probe agree with the learner's. Raises `RftError` saying what did not.
-    """
-    bundle, sent = learner.publish(version)
-    for engine, receipt in enumerate(engines.load(bundle)):
-        if receipt != sent:
-            raise RftError(
-                f"engine {engine} answered {receipt} to the weights {sent}: the update did not "
-                "reach it whole; resume from the last checkpoint"
-            )
-    expected = learner.logprobs(tokens)
-    worst = 0.0
-    for engine, found in enumerate(engines.logprobs(tokens)):
-        gaps = np.abs(found - expected)
-        gap = float(gaps.max() if dtype == "float32" else gaps.mean())
-        if not gap <= PROBE_TOLERANCE[dtype]:  # NaN fails this too
-            raise RftError(
-                f"engine {engine} does not compute with version {version}: on the probe its "
-                f"log-probs differ from the learner's by {gap:.3g}, over "
-                f"{PROBE_TOLERANCE[dtype]:g} for {dtype}; it kept stale weights, loads this model "
-                "differently, or training diverged"
-            )
-        worst = max(worst, gap)
-    return worst
+    def poll(self, seconds: float) -> list[tuple[int, Score]]:
+        """The scores that are known by now, with their keys, waiting at most `seconds` for one."""
+        if not self._outstanding:
+            return []
+        if self._polling is None:
+            lasting = POLL_SECONDS if self._cluster.parcel_seconds else seconds
+            self._polling = self._handle.call("poll", lasting)
+        ready = self._cluster.ready([*self._submitted, self._polling], seconds)
+        found: list[tuple[int, Score]] = []
+        for reference in ready:
+            value = self._cluster.value(reference, "scoring")
+            if reference is self._polling:
+                found, self._polling = value, None
+            else:
+                self._submitted.remove(reference)
+        if found:
+            self._heard = time.monotonic()
+            self._outstanding -= len(found)
+        elif time.monotonic() - self._heard > self._deadline:
+            raise PartDied(f"the verifiers gave no score for {self._deadline:g} s; resume the run")
+        return found
 
 
 def _check(sequences: Sequence[TrainSequence], step: int) -> None:
@@ -295,6 +252,21 @@ def _check(sequences: Sequence[TrainSequence], step: int) -> None:
                 f"step {step}: the advantage of a rollout of task {s.task} is {s.advantage}. "
                 "Nothing was learnt from it; the last checkpoint is good"
             )
+
+
+def _by_sequence(
+    sequences: Sequence[TrainSequence], plan: list[list[list[Row]]], gaps: list[list[Floats]]
+) -> list[Floats]:
+    """What the ranks found of the tokens of their micro-batches, `gaps[rank][micro-batch]` [N], of
+    each of `sequences` that are laid out as in `plan`; nothing, if they kept nothing."""
+    found: dict[int, Floats] = {}
+    for of_rank, batches in zip(gaps, plan, strict=True):
+        full = [rows for rows in batches if rows]
+        for gap_N, rows in zip(of_rank, full, strict=bool(of_rank)):
+            order = [i for row in rows for block in row for i in block]
+            ends = np.cumsum([sequences[i].trained_tokens for i in order])
+            found |= dict(zip(order, np.split(gap_N, ends[:-1]), strict=True))
+    return [found[i] for i in sorted(found)]
 
 
 def _merge(ranks: list[Result]) -> Result:

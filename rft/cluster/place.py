@@ -9,9 +9,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from rft.cluster.base import Cluster, Handle, InlineCluster
-from rft.cluster.groups import Engines, Learner, SchedulerClient, Verifiers
+from rft.cluster.engines import Engines
+from rft.cluster.groups import Learner, SchedulerClient, Verifiers
+from rft.cluster.sync import Publishing
+from rft.config.placement import Placement, choose_transport, plan_placement, resolve_device
 from rft.config.schema import Config
-from rft.config.validate import resolve_device
 from rft.learner.messages import LearnerSettings
 from rft.scheduler.parts import PoolView
 from rft.seeding import derive
@@ -37,9 +39,10 @@ def place(
     """Start every part, wait for the learner, and end them all on the way out. `verifiers` are the
     names that tasks of any pool have; `folder` and `resume` are absolute: workers on other machines
     start in folders of their own."""
-    cluster = make_cluster(config, gpus_needed(config), folder)
+    placed = plan_placement(config, resolve_device(config.cluster))
+    cluster = make_cluster(config, placed, folder)
     try:
-        yield _start(cluster, config, pool, verifiers, folder, resume)
+        yield _start(cluster, config, placed, pool, verifiers, folder, resume)
     finally:
         cluster.close()
 
@@ -49,43 +52,60 @@ def place_sampling(
     config: Config, verifiers: Sequence[str], folder: Path
 ) -> Iterator[tuple[Engines, Verifiers]]:
     """Engines and verifiers alone, for evaluation."""
-    on_gpu = resolve_device(config.cluster) == "cuda"
-    cluster = make_cluster(config, config.rollout.engines if on_gpu else 0, folder)
+    placed = plan_placement(config, resolve_device(config.cluster), training=False)
+    cluster = make_cluster(config, placed, folder)
     try:
         checking = _verifiers(cluster, config, verifiers)
-        engines = _engines(cluster, config)
+        engines = _engines(cluster, config, placed)
         checking.about()  # what a verifier lacks shows before anything is generated
         yield engines, checking
     finally:
         cluster.close()
 
 
-def make_cluster(config: Config, gpus: int, folder: Path) -> Cluster:
-    """The cluster that `config.cluster` describes."""
+def make_cluster(config: Config, placed: Placement, folder: Path) -> Cluster:
+    """The cluster that `config.cluster` describes, with the GPUs that are `placed`."""
     if config.cluster.mode == "inline":
         return InlineCluster()
     from rft.cluster.ray_cluster import RayCluster
 
-    return RayCluster(config.cluster.address, gpus, folder)
+    return RayCluster(config.cluster.address, placed.nodes, folder)
 
 
-def _engines(cluster: Cluster, config: Config) -> Engines:
-    gpus, _ = gpus_of(config)
-    handles = [
-        cluster.spawn(
-            f"engine {i}",
-            config.rollout.engine["_target_"],
-            gpu=gpus[i],
-            model_path=local(config.model.path),
-            dtype=config.model.dtype,
-            device=resolve_device(config.cluster),
-            max_length=config.tasks.max_prompt_tokens + config.rollout.max_tokens,
-            threads=threads(config, config.rollout.engines),
-            **{k: v for k, v in config.rollout.engine.items() if k != "_target_"},
-        )
-        for i in range(config.rollout.engines)
-    ]
-    return Engines(cluster, handles, config.rollout.deadline)
+def _engines(cluster: Cluster, config: Config, placed: Placement) -> Engines:
+    rollout = config.rollout
+    given = {
+        "model_path": local(config.model.path),
+        "dtype": config.model.dtype,
+        "device": resolve_device(config.cluster),
+        "max_length": config.tasks.max_prompt_tokens + rollout.max_tokens,
+        "threads": threads(config, rollout.engines, len(placed.ranks)),
+        "budget": rollout.budget,
+    }
+    if rollout.tensor_parallel > 1:  # else it is no matter of engines that cannot be spread
+        given["tensor_parallel"] = rollout.tensor_parallel
+    transport = choose_transport(config, resolve_device(config.cluster))
+    if transport != "shared":  # which engines that have no other do not know of
+        given["transport"] = transport
+    if config.cluster.mode == "inline":
+        target = rollout.engine["_target_"]
+        given |= {key: value for key, value in rollout.engine.items() if key != "_target_"}
+    else:
+        target = "rft.rollout.server.EngineServer"
+        given |= {"engine": rollout.engine, "deadline": rollout.deadline}
+
+    def spawn(i: int) -> Handle:
+        return cluster.spawn(f"engine {i}", target, gpus=placed.engines[i], **given)
+
+    return Engines(
+        cluster,
+        spawn,
+        rollout.engines,
+        heartbeat=rollout.heartbeat,
+        deadline=rollout.deadline,
+        restarts=rollout.restarts,
+        reloadable=transport == "shared",
+    )
 
 
 def _verifiers(cluster: Cluster, config: Config, names: Sequence[str]) -> Verifiers:
@@ -104,6 +124,7 @@ def _verifiers(cluster: Cluster, config: Config, names: Sequence[str]) -> Verifi
 def _start(
     cluster: Cluster,
     config: Config,
+    placed: Placement,
     pool: TaskPool,
     names: Sequence[str],
     folder: Path,
@@ -111,14 +132,13 @@ def _start(
 ) -> Parts:
     device = resolve_device(config.cluster)
     verifiers = _verifiers(cluster, config, names)
-    engines = _engines(cluster, config)
-    _, gpus = gpus_of(config)
+    engines = _engines(cluster, config, placed)
     world = config.learner.workers
     ranks = [
         cluster.spawn(
             f"learner rank {rank}",
             "rft.learner.worker.LearnerWorker",
-            gpu=gpus[rank],
+            gpus=placed.ranks[rank],
             rank=rank,
             world=world,
             settings=learner_settings(config, device),
@@ -140,12 +160,23 @@ def _start(
             folder=folder / "scheduler",
         )
 
+    transport = choose_transport(config, device)
+    publishing = Publishing(
+        cluster,
+        ranks,
+        deadline=config.learner.deadline,
+        device=transport != "shared",
+        workers=config.rollout.engines * config.rollout.tensor_parallel
+        if transport == "nccl"
+        else 0,
+    )
     learner = Learner(
         cluster,
         ranks,
         layout=config.learner.layout,
         token_budget=config.learner.token_budget,
         sequence_parallel=config.learner.sequence_parallel,
+        publishing=publishing,
         deadline=config.learner.deadline,
     )
     parts = Parts(
@@ -165,28 +196,16 @@ def pool_view(pool: TaskPool) -> PoolView:
     return PoolView(pool.ids, pool.weak, pool.strong, pool.domains, pool.domain_names)
 
 
-def gpus_of(config: Config) -> tuple[list[int | None], list[int | None]]:
-    """Which of the run's GPUs each engine and each learner rank is on; None on CPU."""
-    engines, ranks = config.rollout.engines, config.learner.workers
-    if resolve_device(config.cluster) == "cpu":
-        return [None] * engines, [None] * ranks
-    first = 0 if config.cluster.placement == "colocated" else engines
-    return list(range(engines)), list(range(first, first + ranks))
-
-
-def gpus_needed(config: Config) -> int:
-    """GPUs that all parts together want."""
-    return 1 + max((gpu for part in gpus_of(config) for gpu in part if gpu is not None), default=-1)
-
-
 def local(path: str) -> str:
     """A model folder as an absolute path; a hub id as it is."""
     return str(Path(path).resolve()) if Path(path).is_dir() else path
 
 
-def threads(config: Config, sharers: int) -> int:
-    """CPU threads of one of `sharers` workers that compute at the same time."""
-    return config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // sharers)
+def threads(config: Config, workers: int, others: int) -> int:
+    """CPU threads of one of `workers`, which compute at the same time; beside `others` as well
+    where generation goes on while the learner works."""
+    beside = others if config.rollout.staleness > 0 and config.cluster.mode == "ray" else 0
+    return config.cluster.threads or max(1, len(os.sched_getaffinity(0)) // (workers + beside))
 
 
 def learner_settings(config: Config, device: str) -> LearnerSettings:
@@ -199,7 +218,7 @@ def learner_settings(config: Config, device: str) -> LearnerSettings:
         gradient_checkpointing=model.gradient_checkpointing,
         liger=model.liger,
         device=device,
-        threads=threads(config, learner.workers),
+        threads=threads(config, learner.workers, config.rollout.engines),
         zero_stage=learner.zero_stage,
         offload=learner.offload,
         sequence_parallel=learner.sequence_parallel,
@@ -212,4 +231,7 @@ def learner_settings(config: Config, device: str) -> LearnerSettings:
         optimizer_steps=config.steps * learner.updates,
         objective=config.objective,
         lora=learner.lora,
+        transport=choose_transport(config, device),
+        delta=config.rollout.delta_sync,
+        keep_gaps=config.tracking.rollouts,
     )

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass, field, fields, is_dataclass
+from dataclasses import asdict, dataclass, field, fields, is_dataclass
 from importlib import resources
 from typing import Any, TypeVar, get_args, get_type_hints
 
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import MissingMandatoryValue
 
-from rft.config.schema import Config, TasksConfig
+from rft.config.schema import Config, PoolConfig, TasksConfig
 from rft.config.validate import PARTS
 from rft.errors import RftError, nearest
 
@@ -36,9 +36,11 @@ def to_config(composed: DictConfig) -> Config:
         return strict(composed, Config)
     except MissingMandatoryValue as error:
         key = getattr(error, "full_key", None) or "a key"
-        raise RftError(
-            f"{key} is not set; give {key}=... or choose an experiment: {choices('experiment')}"
-        ) from error
+        raise RftError(_unset(key)) from error
+
+
+def _unset(key: str) -> str:
+    return f"{key} is not set; give {key}=... or choose an experiment: {choices('experiment')}"
 
 
 def strict(composed: DictConfig, schema: type[Schema]) -> Schema:
@@ -65,10 +67,13 @@ def explain(error: Exception, schema: Any = Config) -> str:
     while causes[-1].__cause__ is not None:
         causes.append(causes[-1].__cause__)
     text = "\n".join(str(cause) for cause in causes)
-    missing = re.search(r"Could not find '([\w-]+)/([\w.-]+)'", text)
-    if missing:
+    missing = re.search(r"Could not find '([\w/-]+)/([\w.-]+)'", text)
+    if missing and (resources.files("rft.configs") / missing.group(1)).is_dir():
         group, name = missing.groups()
         return f"there is no {group}={name}; {nearest(name, choices(group).split(', '))}"
+    unset = re.search(r"Missing mandatory value: ([\w.]+)", text)
+    if unset:
+        return _unset(unset.group(1))
     unknown = re.search(r"Could not override '([\w.+@/]+)'|Key '([\w.]+)' (?:is )?not in", text)
     if unknown:
         key = str(unknown.group(1) or unknown.group(2))
@@ -88,6 +93,8 @@ def explain(error: Exception, schema: Any = Config) -> str:
 
 def _hint(key: str, schema: Any) -> str:
     """The key that was meant: one of the same last name, a part's argument, or the nearest."""
+    if key.startswith("hydra."):
+        return "those of launchers are in rft/configs/hydra/launcher, all others in Hydra's manual"
     known = keys(schema)
     parent, _, leaf = key.rpartition(".")
     same_leaf = [k for k in known if k.rpartition(".")[2] == leaf]
@@ -110,6 +117,29 @@ def keys(config: Any = Config, prefix: str = "") -> list[str]:
         elif named and is_dataclass(named[0]):
             found += keys(named[0], f"{prefix}{f.name}.*.")
     return found
+
+
+def over_defaults(values: Any) -> Any:
+    """A run's config as it is today: a key that the version of then did not have was at its
+    default."""
+    defaults = plain(asdict(Config()))
+    pool = plain(asdict(PoolConfig()))
+    defaults["tasks"]["evaluation"] = dict.fromkeys(_sets(values), pool)
+    return over(defaults, values)
+
+
+def _sets(config: Any) -> list[str]:
+    """The names of a config's evaluation sets, if it has any."""
+    for key in ("tasks", "evaluation"):
+        config = config.get(key) if isinstance(config, dict) else None
+    return [*config] if isinstance(config, dict) else []
+
+
+def over(defaults: Any, values: Any) -> Any:
+    """`values`, and of `defaults` what they lack."""
+    if not isinstance(defaults, dict) or not isinstance(values, dict):
+        return values
+    return {**defaults, **{key: over(defaults.get(key), value) for key, value in values.items()}}
 
 
 def plain(value: Any) -> Any:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import os
 from dataclasses import asdict
+from itertools import groupby
 from pathlib import Path
 from typing import Any
 
@@ -12,8 +13,14 @@ import yaml
 
 from rft.config.compose import plain
 from rft.config.parts import build
+from rft.config.placement import (
+    Placement,
+    choose_transport,
+    gpu_count,
+    plan_placement,
+    resolve_device,
+)
 from rft.config.schema import Config
-from rft.config.validate import gpu_count, resolve_device
 from rft.errors import RftError
 
 GIB = 2**30
@@ -27,7 +34,8 @@ def describe(config: Config) -> str:
     sections = {
         "config": yaml.safe_dump(plain(asdict(config)), sort_keys=False).rstrip(),
         "batch": _batch(config),
-        "placement": _placement(config),
+        "placement": placement(config),
+        "generation": _generation(config),
         "memory": _memory(config),
     }
     return "\n\n".join(f"# {name}\n{text}" for name, text in sections.items())
@@ -48,11 +56,24 @@ def _batch(config: Config) -> str:
             f"{per_rank} sequences a rank; micro-batches of {config.learner.token_budget:,} tokens "
             f"hold {rows} of the longest: at most {math.ceil(per_rank / rows)} a rank",
             f"{config.learner.updates} optimizer step(s) a batch of rollouts",
+            *_surveys(config),
         ]
     )
 
 
-def _placement(config: Config) -> str:
+def _surveys(config: Config) -> list[str]:
+    if not config.scheduler.survey_every:
+        return []
+    count = math.ceil(config.steps / config.scheduler.survey_every)
+    samples = config.scheduler.survey_samples
+    return [
+        f"{count} surveys of the whole pool beside all that, {samples} completions a task each: "
+        f"{count * samples * 1000:,} completions for 1,000 tasks"
+    ]
+
+
+def placement(config: Config) -> str:
+    """Which part runs where."""
     cluster, engines, ranks = config.cluster, config.rollout.engines, config.learner.workers
     device = resolve_device(cluster, planning=True)
     if cluster.mode == "inline":
@@ -63,7 +84,7 @@ def _placement(config: Config) -> str:
         where = f"the Ray cluster at {cluster.address}"
     lines = [f"{where}; device {device}"]
     if device == "cuda":
-        lines += _nodes(config)
+        lines += _nodes(config, plan_placement(config, device))
     lines.append(
         f"{engines} engine(s) {config.rollout.engine['_target_'].rpartition('.')[2]}, "
         f"{ranks} learner rank(s) with ZeRO {config.learner.zero_stage}, 1 scheduler, "
@@ -72,21 +93,65 @@ def _placement(config: Config) -> str:
     return "\n".join(lines)
 
 
-def _nodes(config: Config) -> list[str]:
-    """Which part is on which GPU, a line a node; nodes are filled one after another."""
-    engines, ranks = config.rollout.engines, config.learner.workers
-    shared = config.cluster.placement == "colocated"
-    holds: list[list[str]] = [[] for _ in range(max(engines, ranks) if shared else engines + ranks)]
-    for i in range(engines):
-        holds[i].append(f"engine {i}")
-    for rank in range(ranks):
-        holds[rank if shared else engines + rank].append(f"rank {rank}")
-    lines = [f"{len(holds)} GPUs ({config.cluster.placement}), {gpu_count()} on this machine"]
-    per_node = config.cluster.gpus_per_node
-    for node, first in enumerate(range(0, len(holds), per_node)):
-        gpus = [" + ".join(parts) for parts in holds[first : first + per_node]]
-        lines.append(f"  node {node}: {' | '.join(gpus)}")
+def _nodes(config: Config, placed: Placement) -> list[str]:
+    """Which parts are on which GPUs, a line a node."""
+    shared = "one process" if config.cluster.mode == "inline" else config.cluster.placement
+    lines = [
+        f"{placed.gpus} GPUs ({shared}), [numbered] in each node; {gpu_count()} on this machine"
+    ]
+    first = 0
+    for node, size in enumerate(placed.nodes):
+        runs = groupby(range(first, first + size), placed.parts)
+        places = []
+        for parts, gpus in runs:
+            low, *more = [gpu - first for gpu in gpus]
+            span = f"{low}-{more[-1]}" if more else f"{low}"
+            places.append(f"[{span}] {' + '.join(parts) or 'none'}")
+        lines.append(f"  node {node}: {' | '.join(places)}")
+        first += size
     return lines
+
+
+def _generation(config: Config) -> str:
+    """What is under way at once, and how weights get to the engines."""
+    from rft.collect import plans_ahead
+
+    rollout = config.rollout
+    plans = 1 + plans_ahead(rollout)
+    groups = plans * config.tasks_per_step
+    each = math.ceil(groups * config.rollouts_per_task / rollout.engines)
+    device = resolve_device(config.cluster, planning=True)
+    lines = [
+        f"staleness {rollout.staleness}: {plans} plan(s) in flight, {groups} groups, {each} "
+        f"rollouts an engine; {_pace(config, device)}"
+    ]
+    if "max_sequences" in rollout.engine:
+        lines.append(f"an engine samples {rollout.engine['max_sequences']} at once")
+    if "skip_ratio" in config.controllers:
+        lines.append("layers are left out while sampling as controllers.skip_ratio says")
+    elif rollout.skip_ratio > 0:
+        lines.append(f"{rollout.skip_ratio:.0%} of the layers are left out while sampling")
+    what = "what changed of the weights" if rollout.delta_sync else "all weights"
+    lines.append(f"after a step engines get {what}, by {choose_transport(config, device)}")
+    lines.append(
+        f"an engine is replaced after {rollout.heartbeat:g} s without a sign of life or "
+        f"{rollout.deadline:g} s in one step or call, at most {rollout.restarts} times in a row"
+    )
+    return "\n".join(lines)
+
+
+def _pace(config: Config, device: str) -> str:
+    if config.rollout.staleness == 0:
+        return "a step waits for all of its plan"
+    if config.cluster.mode == "inline" or (
+        device == "cuda" and config.cluster.placement == "colocated"
+    ):
+        pace = "nothing is generated while the learner works"
+    else:
+        pace = "generation goes on while the learner works"
+    if config.rollout.partial:
+        pace += ", and a step takes the groups that are complete first"
+    return pace
 
 
 def _memory(config: Config) -> str:
@@ -112,20 +177,30 @@ def _memory(config: Config) -> str:
     host = f", {on_host / GIB:.2f} GiB on the host" if on_host else ""
     of = f", {trained / 1e6:,.1f}M of them adapters" if learner.lora else ""
     parameters -= trained if learner.lora else 0  # the engines have them merged
-    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
-    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
-    kv = 2 * model.num_hidden_layers * heads * size * width
-    longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
     return "\n".join(
         [
             f"{parameters / 1e6:,.1f}M parameters in {config.model.dtype} ({source}){of}",
             f"each learner rank: {weights / GIB:.2f} GiB weights + {gradients / GIB:.2f} gradients "
             f"+ {optimizer / GIB:.2f} optimizer + about {activations / GIB:.1f} activations of "
             f"{config.learner.token_budget:,} tokens = {total / GIB:.1f} GiB{host}",
-            f"each engine: {parameters * width / GIB:.2f} GiB weights; KV cache {kv / 1024:.0f} "
-            f"KiB a token, {kv * longest / GIB:.2f} GiB a sequence of {longest:,} tokens",
+            _engine_memory(config, model, parameters * width),
             f"this machine: {_memory_bytes() / GIB:.1f} GiB of memory",
         ]
+    )
+
+
+def _engine_memory(config: Config, model: Any, weights: int) -> str:
+    """Of `weights` bytes and a sequence's keys and values, what each GPU of an engine holds."""
+    parallel = config.rollout.tensor_parallel
+    heads = getattr(model, "num_key_value_heads", None) or model.num_attention_heads
+    size = getattr(model, "head_dim", None) or model.hidden_size // model.num_attention_heads
+    held = math.ceil(heads / parallel)  # a head is not divided: where GPUs are more, some repeat it
+    kv = 2 * model.num_hidden_layers * held * size * BYTES[config.model.dtype]
+    longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
+    each = "each engine" if parallel == 1 else f"each of an engine's {parallel} GPUs"
+    return (
+        f"{each}: {weights / parallel / GIB:.2f} GiB weights; KV cache {kv / 1024:.0f} KiB a "
+        f"token, {kv * longest / GIB:.2f} GiB a sequence of {longest:,} tokens"
     )
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 from typing import Any
 
+from rft.config.placement import resolve_device
 from rft.config.schema import Config, Part
 from rft.errors import RftError
 
@@ -24,9 +25,10 @@ def check_objective(config: Config) -> None:
 
 def doubts(config: Config) -> list[str]:
     """A line for each pair of choices that is computed as it says, and is seldom what is meant."""
-    if config.objective["_target_"] != OURS:
-        return []
-    return [f"{pair}: {reason}" for true, pair, reason in _warnings(config) if true]
+    found = [*_overlap(config)]
+    if config.objective["_target_"] == OURS:
+        found += [*_warnings(config), *_behaviour(config)]
+    return [f"{pair}: {reason}" for true, pair, reason in found if true]
 
 
 def _rules(config: Config) -> Iterator[tuple[bool, str, str]]:
@@ -161,6 +163,39 @@ def _warnings(config: Config) -> Iterator[tuple[bool, str, str]]:
         f"objective.correction={correction} with rollout.max_tokens={config.rollout.max_tokens}",
         "a product over so many tokens is far from 1 for the least mismatch; tis and "
         "geometric_mask are not",
+    )
+
+
+def _behaviour(config: Config) -> Iterator[tuple[bool, str, str]]:
+    """What makes the policy that samples another than the one that is learnt, uncorrected."""
+    rollout, loss = config.rollout, config.objective
+    bare = not loss.get("correction") and loss.get("ratio_to", "old") != "behaviour"
+    reason = "the loss takes it to be the learner's own; set correction@objective.correction=tis"
+    yield (
+        bare and rollout.staleness > 0,
+        f"rollout.staleness={rollout.staleness} with objective.correction=none",
+        f"older weights sample, and {reason}",
+    )
+    yield (
+        bare and (rollout.skip_ratio > 0 or "skip_ratio" in config.controllers),
+        f"rollout.skip_ratio={rollout.skip_ratio} or its controller with objective.correction=none",
+        f"fewer layers sample, and {reason}",
+    )
+    yield (
+        bare and rollout.top_p < 1.0,
+        f"rollout.top_p={rollout.top_p} with objective.correction=none",
+        f"the nucleus is sampled from, and {reason}",
+    )
+
+
+def _overlap(config: Config) -> Iterator[tuple[bool, str, str]]:
+    staleness, cluster = config.rollout.staleness, config.cluster
+    shared = cluster.placement == "colocated" and staleness > 0
+    yield (
+        shared and resolve_device(cluster, planning=config.dry_run) == "cuda",
+        f"rollout.staleness={staleness} with cluster.placement=colocated",
+        "engines sleep while the learner works, so nothing overlaps; what is gained is that slow "
+        "rollouts hold up no step, with rollout.partial=true",
     )
 
 

@@ -96,6 +96,11 @@ class SchedulerConfig:
     """Which tasks this step?"""
     planner: Part = field(default_factory=dict)
     """How many rollouts for each?"""
+    survey_every: int = 0
+    """Steps between two surveys: the whole pool is sampled before a step and the estimator told its
+    pass rates (scheduler=surveyed). 0: none. It costs as much as it sounds: for upper bounds."""
+    survey_samples: int = 8
+    """Completions a task of a survey; they are neither trained on nor counted as the run's."""
 
 
 @dataclass
@@ -104,12 +109,51 @@ class RolloutConfig:
     """The engine class and its own options."""
     engines: int = 1
     """Number of engines; requests are spread over them by expected tokens."""
+    tensor_parallel: int = 1
+    """GPUs of one engine, all in one node."""
     temperature: float = 1.0
     """Sampling temperature in training; the learner applies it too."""
+    top_p: float = 1.0
+    """Mass of the nucleus that is sampled from. Below 1 behaviour log-probs are those of the
+    nucleus and the learner's are not: what lies between, objective.correction weighs."""
+    stop: list[str] = field(default_factory=list)
+    """Strings that end a response; the first to appear is its end."""
     max_tokens: int = 16
     """Most tokens to generate for one rollout."""
-    deadline: float = 1800.0
-    """Seconds one generate call may take before the run stops and says so."""
+    budget: Part | None = None
+    """What happens within a response, forced text at a number of tokens, say: budget=thinking_cap,
+    markers or none."""
+    staleness: int = 0
+    """Training steps that may lie between the weights that sample a token and the step that learns
+    from it. 0 is on policy; above, generation goes on while the learner works."""
+    partial: bool = False
+    """A step takes whichever groups are complete first, and the others go on with newer weights
+    (APRIL). Needs a staleness of at least 2."""
+    overlap_rounds: bool = True
+    """Planners that can are asked for more while groups of a round are still being generated. false
+    waits for the whole round: with several engines, what makes runs equal to the last bit."""
+    skip_ratio: float = 0.0
+    """Share of the decoder layers that are left out while sampling, drawn anew for each step
+    (Nested-ReFT); controllers.skip_ratio varies it."""
+    skip_protect: int = 2
+    """First and last layers, as many of each, that are never left out."""
+    tree_share: float = 0.0
+    """Share of each task's rollouts that are of a tree (LATR), where the engine grows any:
+    rollout=latr; controllers.tree_share varies it."""
+    transport: str = "auto"
+    """How weights reach engines: shared (memory of one node), and for vLLM on GPU ipc (where
+    learner and engines share GPUs) or nccl (where they do not); auto takes the last that can be."""
+    delta_sync: bool = False
+    """Send only what an optimizer step changed; through shared memory, so on one node."""
+    heartbeat: float = 8.0
+    """Seconds without a sign of life after which an engine's process is taken for dead and
+    replaced."""
+    deadline: float = 600.0
+    """Seconds one step or one call of an engine may take before it is taken for hung and
+    replaced."""
+    restarts: int = 3
+    """Deaths of an engine in a row, without a finished rollout in between, that are mended; the
+    next one ends the run."""
 
 
 @dataclass
@@ -184,7 +228,7 @@ class ClusterConfig:
     """On GPU: disaggregated (engines and learner on their own GPUs) or colocated (shared; engines
     sleep while the learner works)."""
     gpus_per_node: int = 8
-    """GPUs of a node, for the placement that a dry run prints."""
+    """GPUs of a node, of which the run fills one after another; no engine is split over two."""
     threads: int = 0
     """CPU threads of each engine and each learner rank; 0 shares the machine's cores out."""
 
@@ -232,6 +276,9 @@ class TrackingConfig:
 class Config:
     name: str = MISSING
     """The run's name; its folder is `runs_dir/name`."""
+    arm: str = ""
+    """What rft.report calls the runs of one method, over seeds and base models; empty: named by the
+    keys in which they differ from others."""
     runs_dir: str = "runs"
     """Where runs are kept."""
     seed: int = 0
@@ -262,8 +309,8 @@ class Config:
     """Which rollouts are trained on, by a name of your choice, applied in order.
     `+transform@transforms.thin=balance` adds one."""
     controllers: dict[str, Part] = field(default_factory=dict)
-    """What sets temperature and kl_scale from step to step, by the knob's name.
-    `+controller@controllers.kl_scale=adaptive_kl` adds one."""
+    """What sets temperature, kl_scale, skip_ratio and tree_share from step to step, by the knob's
+    name. `+controller@controllers.kl_scale=adaptive_kl` adds one."""
     cluster: ClusterConfig = field(default_factory=ClusterConfig)
     evaluation: EvaluationConfig = field(default_factory=EvaluationConfig)
     checkpoint: CheckpointConfig = field(default_factory=CheckpointConfig)

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import ast
+import importlib
 import importlib.util
 import json
 import os
@@ -9,9 +11,10 @@ import socket
 from pathlib import Path
 from typing import Any
 
-from rft.config.objective import check_objective
+from rft.config.objective import check_objective, name_of
 from rft.config.parts import build, check
-from rft.config.schema import ClusterConfig, Config
+from rft.config.placement import choose_transport, gpu_count, plan_placement, resolve_device
+from rft.config.schema import Config, Part
 from rft.errors import RftError, nearest
 
 PARTS = (
@@ -24,7 +27,17 @@ PARTS = (
     "objective",
     "learner.schedule",
 )
-ENGINE_GIVEN = ("model_path", "dtype", "device", "max_length", "threads")
+ENGINE_GIVEN = {
+    "model_path": "model.path",
+    "dtype": "model.dtype",
+    "device": "cluster.device",
+    "max_length": "tasks.max_prompt_tokens and rollout.max_tokens",
+    "threads": "cluster.threads",
+    "budget": "rollout.budget",
+    "tensor_parallel": "rollout.tensor_parallel",
+    "transport": "rollout.transport",
+}
+"""Arguments of an engine that the run gives it, and the key that each is set by."""
 CHOICES = {
     "resume": ("auto", "never"),
     "model.dtype": ("float32", "bfloat16"),
@@ -34,6 +47,7 @@ CHOICES = {
     "cluster.mode": ("ray", "inline"),
     "cluster.device": ("auto", "cpu", "cuda"),
     "cluster.placement": ("disaggregated", "colocated"),
+    "rollout.transport": ("auto", "shared", "ipc", "nccl"),
     "reward.sandbox": ("auto", "bwrap", "userns", "unsafe"),
     "tracking.console": ("auto", "rich", "plain", "off"),
     "tasks.chat": ("auto", "always", "never"),
@@ -46,10 +60,18 @@ AT_LEAST: dict[str, float] = {
     "steps": 1,
     "tasks_per_step": 1,
     "rollouts_per_task": 2,  # a group of one has nothing to be compared with
+    "scheduler.survey_every": 0,
+    "scheduler.survey_samples": 1,
     "tasks.max_prompt_tokens": 1,
     "rollout.engines": 1,
+    "rollout.tensor_parallel": 1,
     "rollout.max_tokens": 1,
+    "rollout.staleness": 0,
+    "rollout.skip_ratio": 0,
+    "rollout.skip_protect": 1,
+    "rollout.heartbeat": 1,
     "rollout.deadline": 1,
+    "rollout.restarts": 0,
     "reward.workers": 1,
     "learner.workers": 1,
     "learner.zero_stage": 0,
@@ -78,14 +100,14 @@ def validate(config: Config, *, training: bool = True) -> None:
     """Raise `RftError` naming the first key that cannot work, its value and the mend. Without
     `training` there are no learner ranks to make room for."""
     _values(config)
-    for key in ENGINE_GIVEN:
+    for key, home in ENGINE_GIVEN.items():
         if key in config.rollout.engine:
-            raise RftError(
-                f"rollout.engine.{key} is set by the run (model.path, model.dtype, cluster.device, "
-                "tasks.max_prompt_tokens + rollout.max_tokens, cluster.threads); set it there"
-            )
+            raise RftError(f"rollout.engine.{key} is set by the run; set {home} instead")
     for where in PARTS:
-        check(where, get(config, where), ENGINE_GIVEN if where == "rollout.engine" else ())
+        given = [*ENGINE_GIVEN] if where == "rollout.engine" else []
+        check(where, get(config, where), given)
+    if config.rollout.budget is not None:
+        check("rollout.budget", config.rollout.budget)
     for name, shaper in config.reward.shapers.items():
         check(f"reward.shapers.{name}", shaper)
     for kind in ("transforms", "controllers"):
@@ -103,7 +125,9 @@ def validate(config: Config, *, training: bool = True) -> None:
             f"tasks.max_prompt_tokens + rollout.max_tokens = {longest}; raise it to at least that"
         )
     _machine(config, training)
+    _parallel(config)
     if training:
+        _generation(config)
         _learner(config)
         check_objective(config)
         _port(config)
@@ -125,6 +149,17 @@ def _values(config: Config) -> None:
         value = get(config, key)
         if not 0 < value < float("inf"):
             raise RftError(f"{key}={value} must be a positive number")
+    if not 0 < config.rollout.top_p <= 1:
+        raise RftError(f"rollout.top_p={config.rollout.top_p} must lie in (0, 1]; 1 is no nucleus")
+    if not config.rollout.skip_ratio < 1:
+        raise RftError(f"rollout.skip_ratio={config.rollout.skip_ratio} must lie in [0, 1)")
+    if not 0 <= config.rollout.tree_share <= 1:
+        raise RftError(f"rollout.tree_share={config.rollout.tree_share} must lie in [0, 1]")
+    if "" in config.rollout.stop:
+        raise RftError(
+            f"rollout.stop={config.rollout.stop} has an empty string, which would end each "
+            "response before its first token; leave it out"
+        )
     betas = list(config.learner.betas)
     if len(betas) != 2 or not all(0.0 <= beta < 1.0 for beta in betas):
         raise RftError(f"learner.betas={betas} must be two numbers in [0, 1)")
@@ -133,6 +168,98 @@ def _values(config: Config) -> None:
     name = config.name
     if not name or "/" in name or name.startswith("."):
         raise RftError(f"name={name!r} must be a plain folder name; it is kept under runs_dir")
+
+
+def _parallel(config: Config) -> None:
+    """Which engines can be spread over GPUs."""
+    engine, size = name_of(config.rollout.engine), config.rollout.tensor_parallel
+    device = resolve_device(config.cluster, planning=config.dry_run)
+    if size > 1 and device == "cpu":
+        raise RftError(
+            f"rollout.tensor_parallel={size} needs {size} GPUs an engine and this run is on CPU; "
+            "set it to 1, and cluster.threads for more cores an engine"
+        )
+    single = {"TransformersEngine": "transformers", "LatrEngine": "latr"}
+    if size > 1 and engine in single:
+        raise RftError(
+            f"rollout.tensor_parallel={size} with rollout={single[engine]}, which is on one GPU; "
+            "set it to 1, or use rollout=vllm"
+        )
+
+
+def _generation(config: Config) -> None:
+    """What goes on while the learner works, with which layers, and how weights get there."""
+    rollout, planner = config.rollout, config.scheduler.planner
+    if rollout.partial and rollout.staleness < 2:
+        raise RftError(
+            f"rollout.partial=true with rollout.staleness={rollout.staleness}: a group that is not "
+            "among the first to be complete is learnt from in a later step; set "
+            "rollout.staleness=2 or more"
+        )
+    if rollout.partial and not part_class(planner).single_round:
+        raise RftError(
+            f"rollout.partial=true with scheduler.planner={name_of(planner)}, which asks in "
+            "rounds, each of which must be whole; set rollout.partial=false, or take a planner "
+            "that asks once: constant, knapsack, coba, e3"
+        )
+    if rollout.partial and "temperature" in config.controllers:
+        raise RftError(
+            f"rollout.partial=true with controllers.temperature="
+            f"{name_of(config.controllers['temperature'])}: a response that goes on in a later "
+            "step would be sampled at two temperatures, and the learner knows one; leave out either"
+        )
+    if config.scheduler.survey_every and rollout.staleness:
+        raise RftError(
+            f"scheduler.survey_every={config.scheduler.survey_every} with rollout.staleness="
+            f"{rollout.staleness}: steps are planned before the survey that they wait for; set "
+            "rollout.staleness=0, or survey_every=0"
+        )
+    device = resolve_device(config.cluster, planning=config.dry_run)
+    skips = rollout.skip_ratio > 0 or "skip_ratio" in config.controllers
+    graphs = device == "cuda" and name_of(rollout.engine) == "VllmEngine"
+    if skips and graphs and not rollout.engine.get("eager"):
+        raise RftError(
+            f"rollout.skip_ratio={rollout.skip_ratio} or controllers.skip_ratio with CUDA graphs, "
+            "which replay all layers that they were captured with; set rollout.engine.eager=true"
+        )
+    trees = rollout.tree_share > 0 or "tree_share" in config.controllers
+    if trees and not _grows_trees(rollout.engine):
+        raise RftError(
+            f"rollout.tree_share={rollout.tree_share} or controllers.tree_share with "
+            f"{name_of(rollout.engine)}, which grows no trees; use rollout=latr, or leave both out"
+        )
+    placed = plan_placement(config, device)
+    transport = choose_transport(config, device)
+    reached = {gpu for gpus in placed.ranks for gpu in gpus}
+    missed = [gpu for gpus in placed.engines for gpu in gpus if gpu not in reached]
+    if transport == "ipc" and missed:
+        raise RftError(
+            f"learner.workers={config.learner.workers} with engines on {placed.gpus} GPUs: no rank "
+            f"is on GPU {missed[0]}, and with cluster.placement=colocated an engine takes its "
+            f"weights from the ranks on its own GPUs; set learner.workers={placed.gpus} or more, "
+            "or fewer rollout.engines"
+        )
+
+
+def part_class(part: Part) -> Any:
+    """The class that a part names."""
+    module, _, name = str(part["_target_"]).rpartition(".")
+    return getattr(importlib.import_module(module), name)
+
+
+def _grows_trees(engine: Part) -> bool:
+    """Whether the class of an engine says so itself; its source is read, for it imports torch."""
+    module, _, name = str(engine["_target_"]).rpartition(".")
+    spec = importlib.util.find_spec(module)
+    assert spec is not None
+    assert spec.origin is not None  # it was found before
+    body = ast.parse(Path(spec.origin).read_text("utf-8")).body
+    return any(
+        isinstance(line, ast.AnnAssign) and ast.unparse(line.target) == "grows_trees"
+        for node in body
+        if isinstance(node, ast.ClassDef) and node.name == name
+        for line in node.body
+    )
 
 
 def _learner(config: Config) -> None:
@@ -213,15 +340,14 @@ def _machine(config: Config, training: bool) -> None:
             )
         return
     gpus = gpu_count()
-    need = max(ranks, config.rollout.engines)
-    if cluster.placement == "disaggregated" and cluster.mode == "ray":
-        need = ranks + config.rollout.engines
+    need = plan_placement(config, device, training=training).gpus
     if need > gpus:
         raise RftError(
             f"this run needs {need} GPUs (learner.workers={ranks}, "
-            f"rollout.engines={config.rollout.engines}, cluster.placement={cluster.placement}) and "
-            f"this machine has {gpus}; lower them, use cluster.placement=colocated, or run on CPU "
-            "with cluster.device=cpu and a small model"
+            f"rollout.engines={config.rollout.engines} of "
+            f"rollout.tensor_parallel={config.rollout.tensor_parallel}, "
+            f"cluster.placement={cluster.placement}) and this machine has {gpus}; lower them, use "
+            "cluster.placement=colocated, or run on CPU with cluster.device=cpu and a small model"
         )
 
 
@@ -263,7 +389,7 @@ def check_files(config: Config) -> None:
                 f"model.path={config.model.path} holds no model (no config.json); set it to a "
                 "Hugging Face folder or hub id"
             )
-        _positions(config, folder / "config.json")
+        _model(config, folder / "config.json")
     pools = {"tasks.train": config.tasks.train}
     pools |= {f"tasks.evaluation.{name}": pool for name, pool in config.tasks.evaluation.items()}
     for key, pool in pools.items():
@@ -279,45 +405,21 @@ def check_files(config: Config) -> None:
                 )
 
 
-def _positions(config: Config, path: Path) -> None:
-    positions = json.loads(path.read_text("utf-8")).get("max_position_embeddings")
+def _model(config: Config, path: Path) -> None:
+    model = json.loads(path.read_text("utf-8"))
+    heads, size = model.get("num_attention_heads"), config.rollout.tensor_parallel
+    if heads is not None and heads % size:
+        raise RftError(
+            f"rollout.tensor_parallel={size} does not divide the {heads} attention heads of "
+            f"{config.model.path}; choose a divisor"
+        )
+    positions = model.get("max_position_embeddings")
     longest = config.tasks.max_prompt_tokens + config.rollout.max_tokens
     if positions is not None and longest > positions:
         raise RftError(
             f"tasks.max_prompt_tokens + rollout.max_tokens = {longest} is over the "
             f"{positions} positions of {config.model.path}; lower one of them"
         )
-
-
-def resolve_device(cluster: ClusterConfig, *, planning: bool = False) -> str:
-    """cpu or cuda. Raises `RftError` for cuda on a machine without a GPU, unless the run is only
-    being planned, and for auto where the run is not on this machine."""
-    device = cluster.device
-    if planning and device == "cuda":
-        return device
-    if cluster.mode == "ray" and cluster.address != "local":
-        if device == "auto":
-            raise RftError(
-                f"cluster.device=auto cannot be told of the Ray cluster at {cluster.address}; set "
-                "it to cpu or cuda"
-            )
-        return device
-    gpus = gpu_count()
-    if device == "cuda" and gpus == 0:
-        raise RftError(
-            "cluster.device=cuda on a machine without an NVIDIA GPU; run it on one that has, or "
-            "try +experiment=letters_bots, which needs none"
-        )
-    return "cuda" if device != "cpu" and gpus > 0 else "cpu"
-
-
-def gpu_count() -> int:
-    """NVIDIA GPUs that this process may use, without importing torch."""
-    visible = os.environ.get("CUDA_VISIBLE_DEVICES")
-    present = len(list(Path("/proc/driver/nvidia/gpus").glob("*")))
-    if visible is None:
-        return present
-    return min(present, len([v for v in visible.split(",") if v.strip() not in ("", "-1")]))
 
 
 def get(config: Any, path: str) -> Any:

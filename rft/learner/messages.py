@@ -6,6 +6,9 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+import numpy as np
+import numpy.typing as npt
+
 from rft.records import Sequence as TrainSequence
 from rft.records import Totals
 
@@ -45,6 +48,10 @@ class LearnerSettings:
     optimizer_steps: int
     objective: dict[str, Any]
     lora: dict[str, Any] | None
+    transport: str = "shared"
+    delta: bool = False
+    keep_gaps: bool = False
+    """Whether `Result.gaps` are wanted."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,6 +59,8 @@ class Facts:
     """What the ranks know once the model is loaded, and the driver needs."""
 
     hidden: int
+    layers: int
+    """Decoder layers."""
     every_rollout: bool
     """Whether the objective is moved by rollouts with advantage 0 too."""
     layouts: tuple[str, ...]
@@ -64,11 +73,16 @@ class Facts:
 @dataclass(slots=True)
 class Result:
     """Of one optimizer step on one rank: sums over its tokens for metrics; what every rank found
-    the same (the gradient's norm, say); and what kept the step from being taken."""
+    the same (the gradient's norm, say); and what kept the step from being taken.
+
+    `gaps`, if they are kept: old - behaviour log-prob of the trained tokens, float32; of a rank's
+    micro-batches, each [N]; over all ranks of the update's sequences, in their order.
+    """
 
     sums: dict[str, float] = field(default_factory=dict)
     same: dict[str, float] = field(default_factory=dict)
     fault: str = ""
+    gaps: list[npt.NDArray[np.float32]] = field(default_factory=list)
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,21 @@ from rft.records import Knobs, Totals
 Part = dict[str, Any]
 
 
+def mismatch(batch: MicroBatch) -> dict[str, torch.Tensor]:
+    """Sums over tokens, in float64, of what old - behaviour, the log of a token's weight w, says of
+    how far the engines are from the policy: `mismatch_kl` (w - 1 - log w), `mismatch_abs` (|log w|)
+    and, of the log clamped to ±20 as in the corrections, `mismatch_weight` (w) and
+    `mismatch_square` (w²)."""
+    gap_N = (batch.old_N - batch.behaviour_N).detach().double()
+    weight_N = bounded(gap_N).exp()
+    return {
+        "mismatch_kl": (gap_N.expm1() - gap_N).clamp_min(0.0).sum(),
+        "mismatch_abs": gap_N.abs().sum(),
+        "mismatch_weight": weight_N.sum(),
+        "mismatch_square": weight_N.square().sum(),
+    }
+
+
 class Objective:
     """Base of all objectives. The learner asks, in this order: `prepare` once for the rollouts of a
     step if `prepares`; then for each optimizer step on them `adapt`, if `adapts`, and the loss of

@@ -12,7 +12,7 @@ import sys
 import time
 from collections import defaultdict
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -25,27 +25,27 @@ from transformers import AutoTokenizer
 
 from rft.config.parts import build
 from rft.errors import RftError
+from rft.learner.collectives import gather, whole_parameters
 from rft.learner.deepspeed_engine import Engine
 from rft.learner.flops import Architecture
 from rft.learner.logprobs import TokenLogProbs
 from rft.learner.lora import Lora
 from rft.learner.messages import Facts, Learned, LearnerSettings, Result, Rows, Update
 from rft.learner.micro_batch import MicroBatch
-from rft.learner.objectives import Objective
+from rft.learner.objectives import Objective, mismatch
 from rft.learner.optimizer_state import SavedOptimizer, save_optimizer
 from rft.learner.policy import checkpoint_activations, layouts, load_model, tied_names
+from rft.learner.publishing import Source, make_publisher, receipt_of
 from rft.learner.references import References
 from rft.learner.rows import RowTensors, make_rows
 from rft.learner.ulysses import Ulysses
-from rft.records import Knobs, Receipt, Totals, WeightBundle
+from rft.records import Knobs, Receipt, Totals
 from rft.records import Sequence as TrainSequence
 from rft.state import load_state, save_state
-from rft.weights import pack
 
 LORA = "lora.safetensors"
 """In a checkpoint's learner/: what a rank budget remembers."""
 Weights = Iterator[tuple[str, torch.Tensor]]
-GATHER_BYTES = 256 * 2**20  # parameters of a ZeRO-3 model that are whole at one time
 
 
 @dataclass(slots=True)
@@ -73,6 +73,7 @@ class LearnerWorker:
         self._store: Any = None
         self._joined = False
         self._engine: Any = None
+        self._publisher: Any = None
 
     def open(self, host: str, port: int) -> int:
         """On rank 0: listen for the other ranks; `port` 0 takes a free one. Returns the port."""
@@ -111,6 +112,7 @@ class LearnerWorker:
         device = torch.cuda.get_device_name() if s.device == "cuda" else "cpu"
         return Facts(
             self._hf.config.hidden_size,
+            self._hf.config.num_hidden_layers,
             self._objective.every_rollout,
             layouts(self._hf, s.attention),
             s.attention == "flash_attention_2",
@@ -158,20 +160,29 @@ class LearnerWorker:
             logp_N, _ = self._engine(*make_rows([[[probe]]], self._device).inputs, 1.0)
         return np.asarray(logp_N.cpu().numpy())
 
-    def publish(self, version: int) -> WeightBundle | None:
-        """All policy weights as one host buffer, on rank 0. All ranks call."""
-        named = self._merged(self._full_parameters())
+    def publish(self, version: int) -> Any:
+        """On rank 0 the handle that engines load these weights by (`rft.weights`); None on others.
+        All ranks call."""
+        weights = self._publisher.publish(version)
         if self._rank == 0:
-            bundle = pack(named, version, self._tied)
-            self._published = Receipt(version, bundle.checksum)
-            return bundle
-        for _ in named:  # gathering is collective
-            pass
-        return None
+            self._published = receipt_of(weights)
+        return weights
 
     def published(self) -> Receipt:
         """On rank 0: what an engine must answer to the last published weights."""
         return self._published
+
+    def send(self) -> None:
+        """Transmit what was published while engines load it: from GPU to GPU. All ranks call."""
+        self._publisher.send()
+
+    def finish(self) -> None:
+        """All engines have answered. All ranks call."""
+        self._publisher.finish()
+
+    def open_channel(self, host: str, workers: int) -> None:
+        """Publish to so many engines' workers from now on, which all join anew. All ranks call."""
+        self._publisher.open_channel(host, workers)
 
     def save(self, folder: Path) -> None:
         """Write `policy/` (a Hugging Face folder) and `learner/` into `folder`. All ranks call."""
@@ -203,6 +214,8 @@ class LearnerWorker:
         """Leave the process group."""
         from deepspeed import comm
 
+        if self._publisher is not None:
+            self._publisher.close()
         if self._engine is not None:
             self._engine.destroy()
         if self._joined and comm.is_initialized():
@@ -230,7 +243,7 @@ class LearnerWorker:
 
         policy = load()
         self._hf = policy.model
-        self._tied = tied_names(self._hf)
+        tied = tied_names(self._hf)
         self._lora: Lora | None = build(s.lora) if s.lora else None
         if self._lora is not None:
             self._lora.wrap(self._hf, s.seed, s.zero_stage)
@@ -259,6 +272,9 @@ class LearnerWorker:
         # Without its adapters a policy is the one that it began with.
         frozen = self._objective.references if self._lora is None else ()
         self._references = References(frozen, load, self._device)
+        named = list(self._hf.named_parameters())
+        source = Source(named, tied, s.zero_stage == 3, self._merged)
+        self._publisher = make_publisher(s.transport, s.delta, self._rank, self._device, source)
         self._steps = 0 if saved is None else saved.steps
         if resume is not None and saved is not None:
             self._restore(saved, resume)
@@ -330,7 +346,7 @@ class LearnerWorker:
                 penalty = self._lora.penalty(self._hf, position, self._settings.optimizer_steps)
             for i, batch in enumerate(batches):
                 once = penalty if i == 0 else None  # the same on each rank
-                fault = self._backward(batch, totals, knobs, once, sums)
+                fault = self._backward(batch, totals, knobs, once, sums, result.gaps)
                 result.fault = result.fault or fault
         found = {name: float(value) for name, value in sums.items()}
         with self._timed("optimizer"):
@@ -349,9 +365,10 @@ class LearnerWorker:
         knobs: Knobs,
         penalty: torch.Tensor | None,
         sums: dict[str, torch.Tensor],
+        gaps: list[npt.NDArray[np.float32]],
     ) -> str:
-        """Add the gradient of one micro-batch, and to `sums` what is measured on it; returns what
-        in it is not a number."""
+        """Add the gradient of one micro-batch, to `sums` what is measured on it and to `gaps` its
+        tokens', if they are kept; returns what in it is not a number."""
         logp_N, entropy_N = self._forward(batch, knobs)
         seen = _micro_batch(batch, logp_N, entropy_N)
         loss, measured = self._objective(seen, totals, knobs)
@@ -363,16 +380,18 @@ class LearnerWorker:
         if batch.empty:
             return fault
         gap_N = (seen.old_N - seen.behaviour_N).double()
+        measured |= mismatch(seen)
         measured |= {
             "loss": loss.detach(),
             "entropy": entropy_N.sum(),
-            "mismatch_kl": (gap_N.expm1() - gap_N).clamp_min(0.0).sum(),
             "tokens": torch.ones_like(gap_N).sum(),
         }
         for name, value in measured.items():
             sums[name] = sums.get(name, 0.0) + value.double()
         worst = torch.cat([gap_N.abs(), gap_N.new_zeros(1)]).max()  # of no token it is 0
         sums["mismatch_max"] = torch.maximum(sums.get("mismatch_max", worst), worst)  # keeps NaN
+        if self._settings.keep_gaps and self._speaks:
+            gaps.append(gap_N.float().cpu().numpy())
         return fault
 
     def _step(self, lr: float, position: int) -> dict[str, float]:
@@ -438,20 +457,7 @@ class LearnerWorker:
 
     def _gather(self, mine_n: torch.Tensor) -> torch.Tensor:
         """`rft.learner.micro_batch.Gather`."""
-        if self._world == 1:
-            return mine_n
-        sent_n = mine_n.to(self._device)  # NCCL has no host tensors
-        size = torch.tensor([sent_n.numel()], device=self._device)
-        sizes = [torch.zeros_like(size) for _ in range(self._world)]
-        dist.all_gather(sizes, size)
-        counts = [int(s) for s in sizes]
-        padded_n = sent_n.new_zeros(max(counts))
-        padded_n[: len(sent_n)] = sent_n
-        parts = [torch.empty_like(padded_n) for _ in counts]
-        dist.all_gather(parts, padded_n)
-        one_of_each = slice(None, None, self._settings.sequence_parallel)
-        pairs = zip(parts[one_of_each], counts[one_of_each], strict=True)
-        return torch.cat([part[:n] for part, n in pairs]).to(mine_n.device)
+        return gather(mine_n, self._world, self._settings.sequence_parallel, self._device)
 
     def _count(self, batch: _Batch, passes: int = 0, *, trained: bool = False) -> None:
         """Add the model's own FLOPs of `passes` without gradient, or of one that is `trained`:
@@ -478,16 +484,9 @@ class LearnerWorker:
         """The weights under the base model's own names, with the adapters in them."""
         return named if self._lora is None else self._lora.merged(named)
 
-    def _full_parameters(self, keep: bool = True) -> Iterator[tuple[str, torch.Tensor]]:
-        """Every parameter whole, gathered a bucket at a time; yields nothing if not `keep`."""
-        from deepspeed.runtime.zero import GatheredParameters
-
-        zero3 = self._settings.zero_stage == 3
-        for bucket in _buckets(list(self._hf.named_parameters())):
-            whole = GatheredParameters([p for _, p in bucket]) if zero3 else nullcontext()
-            with whole:
-                if keep:
-                    yield from ((name, p.detach()) for name, p in bucket)
+    def _full_parameters(self, keep: bool = True) -> Weights:
+        named = list(self._hf.named_parameters())
+        return whole_parameters(named, gathered=self._settings.zero_stage == 3, keep=keep)
 
 
 def _micro_batch(batch: _Batch, logp_N: torch.Tensor, entropy_N: torch.Tensor) -> MicroBatch:
@@ -524,20 +523,6 @@ def _fault(batch: _Batch, seen: MicroBatch, loss: torch.Tensor) -> str:
             task = batch.rows.tasks[int(seen.sequence_N[first])]
             return f"{what} of a token of task {task} is {float(values_N[first])}"
     return f"the loss is {float(loss.detach())} though all log-probs and advantages are finite"
-
-
-def _buckets(named: list[tuple[str, Any]]) -> Iterator[list[tuple[str, Any]]]:
-    bucket: list[tuple[str, Any]] = []
-    size = 0
-    for name, parameter in named:
-        # A ZeRO-3 shard's numel() is 0; its whole size is ds_numel.
-        bucket.append((name, parameter))
-        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        if size >= GATHER_BYTES:
-            yield bucket
-            bucket, size = [], 0
-    if bucket:
-        yield bucket
 
 
 def _first_line(error: BaseException) -> str:

@@ -5,8 +5,8 @@ its process costs that one score; the process is replaced within milliseconds, f
 one that has imported everything already, and the pool goes on.
 
     pool = VerifierPool({"_target_": "rft.rewards.math.Math"}, workers=4, timeout=10.0)
-    pool.submit(items)       # returns at once: checks overlap with generation
-    scores = pool.collect()  # of all that was submitted since, in order
+    pool.submit([7, 8], items)  # returns at once: checks overlap with generation
+    pool.poll(1.0)              # [(8, Score(...))]: what is known by now, waiting a second for one
 """
 
 from __future__ import annotations
@@ -38,10 +38,10 @@ CHUNK = 16
 class _Chunk:
     """Some checks, and where their scores go."""
 
+    keys: list[int]
     items: list[Item]
     scores: list[Score] = field(default_factory=list)
     fault: BaseException | None = None
-    done: threading.Event = field(default_factory=threading.Event)
 
 
 class VerifierPool:
@@ -63,7 +63,7 @@ class VerifierPool:
         self.workers, self._timeout = workers, timeout
         self._nursery = _Nursery(verifier, memory_gib)
         self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
-        self._submitted: list[_Chunk] = []
+        self._checked: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
         try:  # a verifier that cannot be built, or lacks something, says so here
             first = _Worker(self._nursery)
             self._about = first.prepare(names)
@@ -81,32 +81,38 @@ class VerifierPool:
         """What the verifier works with: the kind of sandbox, say. Empty where it says nothing."""
         return self._about
 
-    def submit(self, items: Sequence[Item]) -> None:
-        """Start checking `items`, without waiting."""
+    def submit(self, keys: Sequence[int], items: Sequence[Item]) -> None:
+        """Start checking `items`, without waiting; `keys` name them."""
         # Several chunks a worker, so that none idles while another has all the slow ones.
         size = max(1, min(CHUNK, len(items) // (4 * self.workers)))
         for start in range(0, len(items), size):
-            chunk = _Chunk(list(items[start : start + size]))
-            self._submitted.append(chunk)
-            self._queue.put(chunk)
+            part = slice(start, start + size)
+            self._queue.put(_Chunk(list(keys[part]), list(items[part])))
 
-    def collect(self) -> list[Score]:
-        """The scores of all that was submitted since the last call, in order.
+    def poll(self, at_most: float) -> list[tuple[int, Score]]:
+        """The scores that are known since the last call, with their keys; if there are none, waits
+        for some, `at_most` seconds.
 
         Raises RftError where workers can no longer be started, or the pool was closed meanwhile.
         """
-        chunks, self._submitted = self._submitted, []
-        for chunk in chunks:
-            chunk.done.wait()  # bounded: each item has its deadline, each worker's start too
-        for chunk in chunks:
-            if chunk.fault is not None:
-                raise chunk.fault
-        return [score for chunk in chunks for score in chunk.scores]
+        found: list[tuple[int, Score]] = []
+        wait = at_most
+        with contextlib.suppress(queue.Empty):
+            while True:
+                chunk = self._checked.get(timeout=wait) if wait else self._checked.get_nowait()
+                wait = 0.0
+                if chunk.fault is not None:
+                    raise chunk.fault
+                found += zip(chunk.keys, chunk.scores, strict=True)
+        return found
 
     def score(self, items: Sequence[Item]) -> list[Score]:
         """One score an item, in order."""
-        self.submit(items)
-        return self.collect()
+        self.submit(range(len(items)), items)
+        scores: dict[int, Score] = {}
+        while len(scores) < len(items):  # bounded: each item has its deadline, each start too
+            scores |= dict(self.poll(at_most=1.0))
+        return [scores[i] for i in range(len(items))]
 
     def close(self) -> None:
         """End the worker processes; what is being checked is lost."""
@@ -125,13 +131,13 @@ class VerifierPool:
                         worker = _Worker(self._nursery)
                     if not worker.check(chunk, self._timeout):
                         worker = None
-            except Exception as error:  # noqa: BLE001  (the fault boundary: `collect` raises it)
+            except Exception as error:  # noqa: BLE001  (the fault boundary: `poll` raises it)
                 chunk.fault = error
                 if worker is not None:  # what it still says would be taken for later scores
                     worker.connection.close()
                     worker = None
             finally:
-                chunk.done.set()
+                self._checked.put(chunk)
         if worker is not None:
             worker.connection.close()
 
@@ -164,7 +170,7 @@ class _Nursery:
             fault = receive(self._socket, START_SECONDS)["fault"]
         except (TimeoutError, Closed) as error:
             self._hang_up()
-            raise self.unbuilt(_cause(error)) from error
+            raise self._lost(error) from error
         if fault:
             self._hang_up()
             raise self.unbuilt(fault)
@@ -177,13 +183,13 @@ class _Nursery:
                 return self._fork()
             except (TimeoutError, Closed) as error:  # a verifier may have killed or stopped it
                 if self._closed:
-                    raise RftError("the verifiers were closed while they checked") from error
+                    raise self._lost(error) from error
                 self._hang_up()
             self._start()
             try:
                 return self._fork()
             except (TimeoutError, Closed) as error:
-                raise self.unbuilt(_cause(error)) from error
+                raise self._lost(error) from error
 
     def _fork(self) -> tuple[int, socket.socket]:
         send(self._socket, {"fork": True}, START_SECONDS)
@@ -195,18 +201,30 @@ class _Nursery:
         return struct.unpack("<q", data)[0], socket.socket(fileno=descriptors[0])
 
     def end(self, pid: int) -> int:
-        """Kill a worker and what it left behind; its exit status."""
+        """Kill a worker and what it left behind; its exit status. Raises RftError where the pool
+        was closed, and the worker with it: nobody is to blame then."""
         with self._lock:
             try:
                 send(self._socket, {"kill": pid}, START_SECONDS)
                 return int(receive(self._socket, START_SECONDS)["status"])
             except TimeoutError:  # stopped, say: its workers go with it, and `fork` makes another
                 self._process.kill()
-            except Closed:
-                pass  # it is gone, and its workers went with it
+            except Closed as error:  # it is gone, and its workers went with it
+                if self._closed:
+                    raise self._lost(error) from error
             return -signal.SIGKILL
 
-    def unbuilt(self, fault: str) -> RftError:
+    def _lost(self, error: TimeoutError | Closed) -> RftError:
+        """What it means that the nursery says nothing more."""
+        if self._closed:
+            return RftError("the verifiers were closed while they checked")
+        return self.unbuilt(error)
+
+    def unbuilt(self, fault: str | TimeoutError | Closed) -> RftError:
+        if isinstance(fault, TimeoutError):
+            fault = f"not within {START_SECONDS:g} s"
+        elif isinstance(fault, Closed):
+            fault = "its process ended meanwhile"
         return RftError(f"verifier {self.name} could not be built ({fault}); mend it or its keys")
 
     def close(self) -> None:
@@ -242,7 +260,7 @@ class _Worker:
             fault = receive(self.connection, START_SECONDS)["fault"]
         except (TimeoutError, Closed) as error:
             self._end()
-            raise nursery.unbuilt(_cause(error)) from error
+            raise nursery.unbuilt(error) from error
         if fault:
             self._end()
             raise nursery.unbuilt(fault)
@@ -254,7 +272,7 @@ class _Worker:
             said = receive(self.connection, START_SECONDS)
         except (TimeoutError, Closed) as error:
             self._end()
-            raise self._nursery.unbuilt(_cause(error)) from error
+            raise self._nursery.unbuilt(error) from error
         if said["fault"]:
             raise RftError(said["fault"])
         return str(said["about"])
@@ -292,9 +310,3 @@ class _Worker:
     def _end(self) -> int:
         self.connection.close()
         return self._nursery.end(self.pid)
-
-
-def _cause(error: BaseException) -> str:
-    if isinstance(error, TimeoutError):
-        return f"not within {START_SECONDS:g} s"
-    return "its process ended meanwhile"

@@ -1,139 +1,105 @@
 """Rollouts by plain transformers: batched, cached, on CPU or GPU, for any decoder-only model.
 
 >>> engine = TransformersEngine("path/or/hub-id", max_length=64)
->>> engine.generate([Request("r-abc", (1, 5, 6), seeds=(7, 8), sampling=Sampling())])
+>>> engine.generate([Request(0, "r-abc", (1, 5, 6), seed=7, sampling=Sampling())])
 
-Rows of a batch advance together over a preallocated KV cache; a prompt is computed once for all of
-its rollouts. The model's own forward is called, so nothing here knows an architecture.
-Left out, because vLLM has them: refilling freed rows from a queue, paged KV, prefix caching.
+Rows of a batch advance together over a preallocated KV cache; segments that wait join when rows are
+free; the ids before a segment are computed once for all that begin with them. The model's own
+forward is called, so nothing here knows an architecture.
+Left out, because vLLM has them: paged KV, prefix caching, prompts computed in chunks.
 """
 
 from __future__ import annotations
 
 import inspect
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 import torch
-from transformers import AttentionInterface, AutoModelForCausalLM, AutoTokenizer
-from transformers.cache_utils import (
-    Cache,
-    CacheLayerMixin,
-    DynamicCache,
-    DynamicLayer,
-    DynamicSlidingWindowLayer,
-)
-from transformers.integrations.sdpa_attention import sdpa_attention_forward
-from transformers.masking_utils import AttentionMaskInterface, sdpa_mask
+from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers.cache_utils import DynamicCache, DynamicLayer, DynamicSlidingWindowLayer
 
+from rft.config.schema import Part
 from rft.errors import RftError, nearest
-from rft.records import Receipt, Request, Rollout, WeightBundle
-from rft.rollout.stream import Finished, in_order
-from rft.weights import DTYPES, copy_into
+from rft.rollout.engine import Engine, Made, Segment, Why
+from rft.rollout.kv_cache import GROUPED_SDPA, KVCache
+from rft.weights import DTYPES, Weights, check_fit, overwrite
 
 COMPACT_AT = 0.25
-"""Finished rows are dropped once they are this share of the batch: dropping copies all KV."""
+"""Finished rows are dropped once they are this share of the batch, and rows that wait join once
+they would be this share of a full one, or all that wait: both copy all KV."""
+MARGIN = 8
+"""Tokens decoded before the place where a stop string can begin: some tokenizers drop a space at a
+text's start, and some tokens have no text."""
 
 
-class KVLayer(CacheLayerMixin):
-    """One layer's keys and values, [rows, heads, capacity, head size], the first `length` in use.
+@dataclass(slots=True)
+class _Row:
+    """A segment under way: what it made, and why it ended, if it did. `ends` are the tokens that
+    end it; `uniform_T` its draws in [0, 1), one for each token it may make."""
 
-    Sliding-window layers also keep everything: the model's mask hides what is out of the window.
-    """
+    segment: Segment
+    ends: frozenset[int]
+    uniform_T: npt.NDArray[np.float64]
+    ids: list[int] = field(default_factory=list)
+    logp: list[float] = field(default_factory=list)
+    why: Why | None = None
 
-    def __init__(self) -> None:
-        super().__init__()
-        self.length = 0
+    @property
+    def cached(self) -> int:
+        """Tokens of it that are in the cache: all but the last."""
+        return len(self.segment.ids) + len(self.ids) - 1
 
-    def lazy_initialization(self, key_states: torch.Tensor, value_states: torch.Tensor) -> None:
-        """Adopt the prompts' states; `select` makes room for more."""
-        self.keys, self.values = key_states, value_states
-        self.is_initialized = True
+    @property
+    def left(self) -> int:
+        """Tokens that it may still sample."""
+        return self.segment.max_tokens - len(self.ids)
 
-    def update(
-        self, key_states: torch.Tensor, value_states: torch.Tensor, *args: object, **kwargs: object
-    ) -> tuple[torch.Tensor, torch.Tensor]:
-        """Add new states [rows, heads, T, head size]; returns all of them, as views."""
-        start, self.length = self.length, self.length + key_states.shape[2]
-        if not self.is_initialized:
-            self.lazy_initialization(key_states, value_states)
-            return key_states, value_states
-        self.keys[:, :, start : self.length] = key_states
-        self.values[:, :, start : self.length] = value_states
-        return self.keys[:, :, : self.length], self.values[:, :, : self.length]
-
-    def select(self, rows: torch.Tensor, capacity: int) -> None:
-        """Keep the given rows, in that order, repeats allowed, with room for `capacity` tokens."""
-        self.keys = self._select(self.keys, rows, capacity)
-        self.values = self._select(self.values, rows, capacity)
-
-    def _select(self, states: torch.Tensor, rows: torch.Tensor, capacity: int) -> torch.Tensor:
-        _, heads, _, size = states.shape
-        room = states.new_empty(len(rows), heads, capacity, size)
-        room[:, :, : self.length] = states[rows, :, : self.length]
-        return room
-
-    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        """Keys that the next query sees, and how many were forgotten: none."""
-        return self.length + query_length, 0
-
-    def get_seq_length(self) -> int:
-        """Tokens in the cache."""
-        return self.length
-
-    def get_max_length(self) -> int:
-        """-1: no maximum of its own."""
-        return -1
-
-
-def _grouped_sdpa(
-    module: torch.nn.Module,
-    query: torch.Tensor,
-    key: torch.Tensor,
-    value: torch.Tensor,
-    attention_mask: torch.Tensor | None,
-    scaling: float | None = None,
-    **kwargs: Any,
-) -> tuple[torch.Tensor, None]:
-    """transformers' sdpa; it copies all keys and values for each query head that shares them, and
-    this does not when decoding one token: the heads of a group become queries of their one head.
-    """
-    rows, heads, tokens, _ = query.shape
-    per_head = attention_mask is not None and attention_mask.shape[1] > 1
-    per_head = per_head or kwargs.get("position_bias") is not None
-    if tokens > 1 or heads == key.shape[1] or per_head:
-        out: tuple[torch.Tensor, None] = sdpa_attention_forward(
-            module, query, key, value, attention_mask, scaling=scaling, **kwargs
-        )
-        return out
-    grouped = query.reshape(rows, key.shape[1], -1, query.shape[3])
-    mixed = torch.nn.functional.scaled_dot_product_attention(
-        grouped, key, value, attn_mask=attention_mask, scale=scaling
-    )
-    return mixed.reshape(rows, 1, heads, value.shape[3]), None
-
-
-AttentionInterface.register("rft_grouped_sdpa", _grouped_sdpa)
-AttentionMaskInterface.register("rft_grouped_sdpa", sdpa_mask)
+    def made(self, why: Why) -> Made:
+        return Made(self.segment.id, self.ids, self.logp, why)
 
 
 @dataclass(frozen=True, slots=True)
-class _Row:
-    """One rollout to make: the request's `number`-th seed."""
+class _Sampling:
+    """How each of A rows samples its next tokens: `uniform_AT` are their draws; `greedy_A` and
+    `top_p_A` are None where no row is greedy or has a nucleus."""
 
-    request: Request
-    number: int
+    scale_A: torch.Tensor
+    greedy_A: torch.Tensor | None
+    top_p_A: torch.Tensor | None
+    uniform_AT: torch.Tensor
 
 
-class TransformersEngine:
+@dataclass(slots=True)
+class _Batch:
+    """The A rows that advance together, `steps` times so far. `token_A` is each one's last, which
+    is not in the cache, `position_A` where it goes; `mask_AS` hides the padding on the left."""
+
+    rows: list[_Row]
+    cache: KVCache
+    token_A: torch.Tensor
+    position_A: torch.Tensor
+    mask_AS: torch.Tensor
+    sampling: _Sampling
+    steps: int = 0
+
+
+_Part = tuple[list[_Row], KVCache, Sequence[int]]
+"""Rows, the cache that theirs is to be taken from, and each row's place in it."""
+
+
+class TransformersEngine(Engine):
     """A rollout engine around `AutoModelForCausalLM`.
 
-    `max_length`: most tokens of prompt and response together; `max_sequences`: rows of one batch;
-    `threads`: torch's CPU threads in this process, 0 leaves them alone. A rollout's tokens depend
-    on its seed, its request and the weights, not on which rollouts it shared a batch with.
+    `max_length`: most tokens of prompt and response together; `max_sequences`: most rows of a
+    batch; `threads`: torch's CPU threads in this process, 0 leaves them alone. A rollout's tokens
+    depend on its seed, its request and the weights, not on which rollouts it shared a batch with.
+    Raises RftError for a model with fewer positions than `max_length`, one with a state other than
+    keys and values, and an unknown dtype.
     """
 
     def __init__(
@@ -146,6 +112,7 @@ class TransformersEngine:
         max_length: int,
         max_sequences: int = 256,
         threads: int = 0,
+        budget: Part | None = None,
     ) -> None:
         if dtype not in DTYPES:
             raise RftError(f"model.dtype is {dtype!r}; {nearest(dtype, list(DTYPES))}")
@@ -156,14 +123,13 @@ class TransformersEngine:
         )
         self._model.to(device).eval()
         if attention == "sdpa":
-            self._model.set_attn_implementation("rft_grouped_sdpa")
-        self._tokenizer = AutoTokenizer.from_pretrained(model_path)
-        self._device = torch.device(device)
-        self._max_length = max_length
-        self._max_sequences = max_sequences
-        self._version = 0
+            self._model.set_attn_implementation(GROUPED_SDPA)
+        tokenizer = AutoTokenizer.from_pretrained(model_path)
+        vocabulary = self._model.get_input_embeddings().weight.shape[0]
+        super().__init__(tokenizer, max_length=max_length, vocabulary=vocabulary, budget=budget)
 
-        longest = getattr(self._model.config.get_text_config(), "max_position_embeddings", None)
+        config = self._model.config.get_text_config()
+        longest = getattr(config, "max_position_embeddings", None)
         if longest is not None and max_length > longest:
             raise RftError(
                 f"{model_path} has {longest} positions, the run needs {max_length}; "
@@ -176,33 +142,24 @@ class TransformersEngine:
                 "engine does not keep; use rollout=vllm"
             )
         eos = self._model.generation_config.eos_token_id
-        eos = self._tokenizer.eos_token_id if eos is None else eos
-        self._eos = eos if isinstance(eos, list) else [] if eos is None else [eos]
+        eos = tokenizer.eos_token_id if eos is None else eos
+        self._eos = frozenset(eos if isinstance(eos, list) else [] if eos is None else [eos])
         # Models with relative positions only (ALiBi) read them off the attention mask.
         parameters = inspect.signature(self._model.forward).parameters
         self._takes_positions = "position_ids" in parameters
-
-    def generate(self, requests: Sequence[Request]) -> list[Rollout]:
-        """One rollout per seed, in the order of requests and of their seeds."""
-        return in_order(self.stream(requests))
-
-    def stream(self, requests: Sequence[Request]) -> Iterator[Finished]:
-        """The rollouts of `generate`, a batch at a time.
-
-        Raises RftError, before any work, for a request that does not fit `max_length`.
-        """
-        for request in requests:
-            self._check(request)
-        rows = [_Row(request, i) for request in requests for i in range(len(request.seeds))]
-        # Neighbours of like length waste little padding; equal prompts share one computation.
-        order = sorted(range(len(rows)), key=lambda i: _sort_key(rows[i].request))
-        for start in range(0, len(order), self._max_sequences):
-            places = order[start : start + self._max_sequences]
-            yield list(zip(places, self._batch([rows[i] for i in places]), strict=True))
+        self._device = torch.device(device)
+        self._max_sequences = max_sequences
+        self._queue: list[Segment] = []
+        self._batch: _Batch | None = None
+        self._skipped: list[torch.nn.Module] = []
+        self._layers_give_tuples = False
+        self._whole = True
+        """Whether all weights are of one version."""
 
     @torch.inference_mode()
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
-        """Log-prob at temperature 1 of each token after the first: [T] -> [T - 1]."""
+        """Log-prob at temperature 1, by the whole model, of each token after the first:
+        [T] -> [T - 1]."""
         ids_1T = torch.from_numpy(tokens.astype(np.int64))[None].to(self._device)
         logits_TV = self._model(input_ids=ids_1T, use_cache=False).logits[0]
         logp_TV = torch.log_softmax(logits_TV.float(), dim=-1)
@@ -211,157 +168,272 @@ class TransformersEngine:
         )
         return logp_T
 
-    def load_weights(self, bundle: WeightBundle) -> Receipt:
-        """Replace every parameter; RftError, and no change, if the bundle is damaged or unfit."""
-        checksum = copy_into(bundle, dict(self._model.named_parameters(remove_duplicate=False)))
-        self._version = bundle.version
-        return Receipt(bundle.version, checksum)
+    # ---- segments
 
-    def sleep(self) -> None:
-        """Nothing to give back: KV lives only as long as one `generate`."""
-
-    def wake(self) -> None:
-        """Nothing was given back."""
-
-    def close(self) -> None:
-        """No process or device of its own to end."""
-
-    def _check(self, request: Request) -> None:
-        prompt, limit = len(request.prompt_ids), request.sampling.max_tokens
-        if prompt < 1 or limit < 1:
-            raise RftError(
-                f"task {request.task}: prompt of {prompt} tokens, max_tokens {limit}; both must be "
-                "at least 1"
-            )
-        if prompt + limit > self._max_length:
-            raise RftError(
-                f"task {request.task}: prompt of {prompt} tokens + {limit} to generate is over "
-                f"{self._max_length}; lower rollout.max_tokens or raise tasks.max_prompt_tokens"
-            )
+    def _begin(self, segments: Sequence[Segment]) -> None:
+        # Neighbours of like length waste little padding; equal ids share one computation.
+        self._queue += sorted(segments, key=lambda s: (len(s.ids), s.max_tokens, s.ids))
 
     @torch.inference_mode()
-    def _batch(self, rows: list[_Row]) -> Iterator[Rollout]:
-        """Sample all rows together; A are those still computed, U the different prompts."""
-        steps = max(row.request.sampling.max_tokens for row in rows)
-        limit_B = self._tensor([row.request.sampling.max_tokens for row in rows])
-        temperature_B = self._tensor([row.request.sampling.temperature for row in rows])
-        uniform_BT = self._tensor(np.stack([_uniforms(row, steps) for row in rows]))
-        eos_E = self._tensor(np.array(self._eos, dtype=np.int64))
-        logits_AV, mask_BS, cache = self._prefill(rows, steps)
-        capacity = mask_BS.shape[1]
-        width = capacity - steps
-        length_B = mask_BS[:, :width].sum(1)
+    def _step(self) -> list[Made]:
+        if not self._whole:
+            raise RftError(
+                "a load of weights failed halfway, so the engine has a mixture of two versions; "
+                f"load a version above {self._version} first"
+            )
+        batch, new = self._batch, self._newcomers()
+        parts: list[_Part] = []
+        sampled: list[tuple[torch.Tensor, torch.Tensor]] = []
+        if batch is not None:
+            parts.append((batch.rows, batch.cache, range(len(batch.rows))))
+            sampled.append(_sample(self._advance(batch), batch.sampling, batch.steps))
+            batch.steps += 1
+        if new:
+            logits_AV, cache, places = self._prefill(new)
+            parts.append((new, cache, places))
+            sampled.append(_sample(logits_AV, self._sampling(new), 0))
+        if not parts:
+            return []
+        rows = [row for part, _, _ in parts for row in part]
+        token_A, logp_A = (torch.cat(tensors) for tensors in zip(*sampled, strict=True))
+        ended = self._append(rows, token_A.tolist(), logp_A.tolist())
+        over = sum(row.why is not None for row in rows)
+        if over == len(rows):
+            self._batch = None
+        elif batch is None or new or over >= COMPACT_AT * len(rows):
+            self._batch = self._arranged(parts, token_A)
+        else:
+            batch.token_A = token_A
+        return ended
 
-        tokens_BT = torch.zeros(len(rows), steps, dtype=torch.int64, device=self._device)
-        logp_BT = torch.zeros(len(rows), steps, device=self._device)
-        alive_A = torch.arange(len(rows), device=self._device)
-        done_A = torch.zeros_like(alive_A, dtype=torch.bool)
-        for step in range(steps):
-            token_A, logp_A = _sample(logits_AV, temperature_B[alive_A], uniform_BT[alive_A, step])
-            # Finished rows that are still computed write what nobody reads.
-            tokens_BT[alive_A, step], logp_BT[alive_A, step] = token_A, logp_A
-            done_A |= torch.isin(token_A, eos_E) | (limit_B[alive_A] == step + 1)
-            done = int(done_A.sum())
-            if done == len(done_A):
-                break
-            if done >= COMPACT_AT * len(done_A):
-                kept = (~done_A).nonzero()[:, 0]
-                alive_A, done_A, token_A = alive_A[kept], done_A[kept], token_A[kept]
-                for layer in cache.layers:
-                    layer.select(kept, capacity)
-            # The clamp is for finished rows, which may run past a table of learned positions.
-            position_A = (length_B[alive_A] + step).clamp(max=self._max_length - 1)
-            mask_AS = mask_BS[alive_A, : width + step + 1]
-            logits_AV = self._forward(token_A[:, None], mask_AS, position_A[:, None], cache)
-        return self._rollouts(rows, tokens_BT.cpu().numpy(), logp_BT.cpu().numpy())
+    def _interrupt(self) -> list[Made]:
+        rows = self._batch.rows if self._batch is not None else []
+        made = [row.made("interrupted") for row in rows if row.why is None]
+        self._batch, self._queue = None, []  # those that wait made nothing
+        return made
 
-    def _prefill(self, rows: list[_Row], steps: int) -> tuple[torch.Tensor, torch.Tensor, Cache]:
-        """Compute each prompt once, then give every row its own copy with room for `steps` tokens.
+    def _load(self, weights: Weights) -> str:
+        parameters = dict(self._model.named_parameters(remove_duplicate=False))
+        checksum = weights.verify()
+        check_fit(weights, parameters)
+        self._whole = False
+        overwrite(weights, parameters)
+        self._whole = True
+        return checksum
 
-        Returns the first logits [B, V], the mask [B, S] that hides the left padding, and the cache.
-        """
-        prompts = list(dict.fromkeys(row.request.prompt_ids for row in rows))
-        place = {prompt: i for i, prompt in enumerate(prompts)}
-        prompt_B = self._tensor([place[row.request.prompt_ids] for row in rows])
-        width = max(map(len, prompts))
-        ids_UP = self._tensor([(0,) * (width - len(p)) + p for p in prompts])
-        mask_UP = self._tensor([(0,) * (width - len(p)) + (1,) * len(p) for p in prompts])
-        cache = Cache(layer_class_to_replicate=KVLayer)
-        positions_UP = (mask_UP.cumsum(1) - 1).clamp(min=0)
-        logits_UV = self._forward(ids_UP, mask_UP, positions_UP, cache)
-        for layer in cache.layers:
-            layer.select(prompt_B, width + steps)
-        mask_BS = torch.nn.functional.pad(mask_UP[prompt_B], (0, steps), value=1)
-        return logits_UV[prompt_B], mask_BS, cache
+    @torch.inference_mode()
+    def _skip(self, layers: tuple[int, ...]) -> None:
+        count = self._model.config.get_text_config().num_hidden_layers
+        wrong = [layer for layer in layers if not 0 <= layer < count]
+        if wrong or len(set(layers)) == count:
+            raise RftError(
+                f"layers {', '.join(map(str, layers))} cannot be skipped: the model has layers 0 "
+                f"to {count - 1}, and must keep one"
+            )
+        lists = (m for m in self._model.modules() if isinstance(m, torch.nn.ModuleList))
+        decoder = next((found for found in lists if len(found) == count), None)
+        if decoder is None:
+            raise RftError(
+                f"no list of the {count} decoder layers is found in {type(self._model).__name__}, "
+                "so none can be skipped; leave layer skipping off"
+            )
+        if layers:
+            # Some architectures' layers give (hidden, attention weights), others the hidden alone.
+            given: list[Any] = []
+            hook = decoder[0].register_forward_hook(lambda _, __, output: given.append(output))
+            self._model(input_ids=self._tensor([[0]]), use_cache=False)
+            hook.remove()
+            self._layers_give_tuples = isinstance(given[0], tuple)
+        self._skipped = [decoder[layer] for layer in sorted(set(layers))]
+
+    def _sleep(self) -> None:
+        if self._device.type == "cuda":  # the cache is gone, but torch keeps its memory
+            torch.cuda.empty_cache()
+
+    # ---- the batch
+
+    def _newcomers(self) -> list[_Row]:
+        """Those of the queue that join now."""
+        rows = self._batch.rows if self._batch is not None else []
+        running = sum(row.why is None for row in rows)
+        count = min(self._max_sequences - running, len(self._queue))
+        if running and count < min(len(self._queue), COMPACT_AT * self._max_sequences):
+            return []
+        joined, self._queue = self._queue[:count], self._queue[count:]
+        return [self._row(segment) for segment in joined]
+
+    def _advance(self, batch: _Batch) -> torch.Tensor:
+        """Logits [A, V] after each row's last token."""
+        mask_AS = batch.mask_AS[:, : batch.cache.length + 1]
+        logits_AV = self._forward(
+            batch.token_A[:, None], mask_AS, batch.position_A[:, None], batch.cache
+        )
+        # The clamp is for finished rows, which may run past a table of learned positions.
+        batch.position_A = (batch.position_A + 1).clamp(max=self._max_length - 1)
+        return logits_AV
+
+    def _prefill(self, rows: Sequence[_Row]) -> tuple[torch.Tensor, KVCache, list[int]]:
+        """Compute the ids of all rows, those of equal ones once: logits [A, V] after them, the
+        cache, and each row's place in it."""
+        unique: dict[tuple[int, ...], int] = {}
+        places = [unique.setdefault(tuple(row.segment.ids), len(unique)) for row in rows]
+        width = max(map(len, unique))
+        ids_UP = self._tensor([(0,) * (width - len(ids)) + ids for ids in unique])
+        length_U = self._tensor([len(ids) for ids in unique])
+        position_UP = torch.arange(width, device=self._device) - (width - length_U)[:, None]
+        cache = KVCache()
+        logits_UV = self._forward(ids_UP, position_UP >= 0, position_UP.clamp(min=0), cache)
+        return logits_UV[self._tensor(places)], cache, places
+
+    def _arranged(self, parts: Sequence[_Part], token_A: torch.Tensor) -> _Batch:
+        """A batch of the rows that go on; `token_A` is the last of every row's."""
+        rows = [row for part, _, _ in parts for row in part]
+        kept_A = self._tensor([i for i, row in enumerate(rows) if row.why is None])
+        kept = [row for row in rows if row.why is None]
+        caches = []
+        for part, cache, places in parts:
+            chosen = [at for row, at in zip(part, places, strict=True) if row.why is None]
+            if chosen:
+                caches.append((cache, self._tensor(chosen)))
+        width = max(row.cached for row in kept)
+        capacity = width + max(row.left for row in kept)
+        position_A = self._tensor([row.cached for row in kept])
+        slot_S = torch.arange(capacity, device=self._device)
+        return _Batch(
+            kept,
+            KVCache.merge(caches, width, capacity),
+            token_A[kept_A],
+            position_A,
+            slot_S >= (width - position_A)[:, None],
+            self._sampling(kept),
+        )
+
+    def _row(self, segment: Segment) -> _Row:
+        uniform_T = np.random.default_rng(segment.seed).random(segment.max_tokens)
+        return _Row(segment, self._eos.union(segment.until), uniform_T)
+
+    def _sampling(self, rows: Sequence[_Row]) -> _Sampling:
+        greedy = np.array([row.segment.temperature == 0 for row in rows])
+        scale = [row.segment.temperature or 1.0 for row in rows]
+        # A greedy row has no nucleus.
+        top_p = np.array([row.segment.top_p if row.segment.temperature else 1.0 for row in rows])
+        uniform_AT = np.zeros((len(rows), max(row.left for row in rows)))
+        for draws_T, row in zip(uniform_AT, rows, strict=True):
+            draws_T[: row.left] = row.uniform_T[len(row.ids) :]
+        return _Sampling(
+            self._tensor(scale).float(),
+            self._tensor(greedy) if greedy.any() else None,
+            self._tensor(top_p) if (top_p < 1).any() else None,
+            self._tensor(uniform_AT),
+        )
 
     def _forward(
-        self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, position_BT: torch.Tensor, cache: Cache
+        self, ids_BT: torch.Tensor, mask_BS: torch.Tensor, position_BT: torch.Tensor, cache: KVCache
     ) -> torch.Tensor:
         """Logits [B, V] after the last token; the cache takes in all T."""
         positions = {"position_ids": position_BT} if self._takes_positions else {}
-        logits_B1V: torch.Tensor = self._model(
-            input_ids=ids_BT,
-            attention_mask=mask_BS,
-            past_key_values=cache,
-            use_cache=True,
-            logits_to_keep=1,
-            **positions,
-        ).logits
+        with self._skipping():
+            logits_B1V: torch.Tensor = self._model(
+                input_ids=ids_BT,
+                attention_mask=mask_BS,
+                past_key_values=cache,
+                use_cache=True,
+                logits_to_keep=1,
+                **positions,
+            ).logits
+        cache.length += ids_BT.shape[1]
         return logits_B1V[:, -1]
 
-    def _rollouts(
-        self,
-        rows: list[_Row],
-        tokens_BT: npt.NDArray[np.int64],
-        logp_BT: npt.NDArray[np.float32],
-    ) -> Iterator[Rollout]:
-        for row, tokens_T, logp_T in zip(rows, tokens_BT, logp_BT, strict=True):
-            request = row.request
-            limit = request.sampling.max_tokens
-            ends = np.flatnonzero(np.isin(tokens_T[:limit], self._eos))
-            length = int(ends[0]) + 1 if len(ends) else limit
-            response_T = tokens_T[:length].astype(np.int32)
-            if not np.isfinite(logp_T[:length]).all():
-                raise RftError(
-                    f"task {request.task}: weights of version {self._version} give log-probs that "
-                    "are not finite; training has diverged: lower learner.lr"
-                )
-            yield Rollout(
-                task=request.task,
-                index=request.first + row.number,
-                tag=request.tag,
-                prompt_ids=request.prompt_ids,
-                response_ids=response_T,
-                behaviour_logp=logp_T[:length].copy(),
-                version=np.full(length, self._version, dtype=np.int32),
-                finish="stop" if len(ends) else "length",
-                text=self._tokenizer.decode(response_T, skip_special_tokens=True),
-            )
+    @contextmanager
+    def _skipping(self) -> Iterator[None]:
+        """Within, skipped layers are the identity on the residual stream."""
+
+        def identity(hidden: torch.Tensor, *args: object, **kwargs: object) -> Any:
+            return (hidden, None) if self._layers_give_tuples else hidden
+
+        for layer in self._skipped:
+            layer.forward = identity
+        try:
+            yield
+        finally:
+            for layer in self._skipped:
+                del layer.forward
+
+    # ---- one row
+
+    def _append(
+        self, rows: Sequence[_Row], tokens: Sequence[int], logps: Sequence[float]
+    ) -> list[Made]:
+        """Give each row that goes on its next token; those that ended with it."""
+        ended = []
+        for row, token, logp in zip(rows, tokens, logps, strict=True):
+            if row.why is not None:
+                continue
+            row.ids.append(token)
+            row.logp.append(logp)
+            if token in row.ends or row.segment.stop or row.left < 1:
+                row.why = self._why(row)
+                if row.why is not None:
+                    ended.append(row.made(row.why))
+        return ended
+
+    def _why(self, row: _Row) -> Why | None:
+        """Why the row ends with its last token, if it does."""
+        segment, token = row.segment, row.ids[-1]
+        if token in self._eos:
+            return "end"
+        if segment.stop and self._stops(row):
+            return "stop"
+        if token in segment.until:
+            return "until"
+        return "length" if row.left < 1 else None
+
+    def _stops(self, row: _Row) -> bool:
+        """Whether the last token completed a stop string, which may begin before the segment."""
+        segment = row.segment
+        # A token that has text has at least one byte of it.
+        reach = max(len(stop.encode()) for stop in segment.stop) + MARGIN
+        tail = row.ids[-reach:]
+        before = min(reach - len(tail), segment.made)
+        tail = segment.ids[len(segment.ids) - before :] + tail
+        decode = self._tokenizer.decode
+        text = decode(tail, skip_special_tokens=True)
+        if not any(stop in text for stop in segment.stop):
+            return False
+        # One that was there before, in forced tokens, is not the model's.
+        old = decode(tail[:-1], skip_special_tokens=True)
+        return any(text.rfind(stop) > old.rfind(stop) for stop in segment.stop)
 
     def _tensor(self, values: npt.ArrayLike) -> torch.Tensor:
         return torch.as_tensor(np.asarray(values), device=self._device)
 
 
-def _sort_key(request: Request) -> tuple[int, int, tuple[int, ...]]:
-    return len(request.prompt_ids), request.sampling.max_tokens, request.prompt_ids
-
-
-def _uniforms(row: _Row, steps: int) -> npt.NDArray[np.float64]:
-    """The row's draws in [0, 1), one a position; a longer list starts with the shorter one."""
-    return np.random.default_rng(row.request.seeds[row.number]).random(steps)
-
-
 def _sample(
-    logits_BV: torch.Tensor, temperature_B: torch.Tensor, uniform_B: torch.Tensor
+    logits_AV: torch.Tensor, sampling: _Sampling, step: int
 ) -> tuple[torch.Tensor, torch.Tensor]:
-    """Tokens [B] by inverse CDF (temperature 0: the likeliest), and their log-probs [B]."""
-    greedy_B = temperature_B == 0
-    scale_B = torch.where(greedy_B, 1.0, temperature_B).float()
-    logp_BV = torch.log_softmax(logits_BV.float() / scale_B[:, None], dim=-1)
-    cdf_BV = logp_BV.double().exp().cumsum(-1)
-    goal_B1 = (uniform_B * cdf_BV[:, -1])[:, None]
-    sampled_B = torch.searchsorted(cdf_BV, goal_B1, right=True)[:, 0]
+    """Tokens [A] by inverse CDF (temperature 0: the likeliest), and their log-probs [A] under the
+    distribution sampled from: temperature first, then the nucleus."""
+    logp_AV = torch.log_softmax(logits_AV.float() / sampling.scale_A[:, None], dim=-1)
+    if sampling.top_p_A is not None:
+        logp_AV = _nucleus(logp_AV, sampling.top_p_A)
+    cdf_AV = logp_AV.double().exp().cumsum(-1)
+    goal_A = sampling.uniform_AT[:, step] * cdf_AV[:, -1]
+    token_A = torch.searchsorted(cdf_AV, goal_A[:, None], right=True)[:, 0]
     # The clamp keeps NaN logits, which no search places, from hiding behind an index error.
-    sampled_B = sampled_B.clamp(max=logits_BV.shape[1] - 1)
-    token_B = torch.where(greedy_B, logits_BV.argmax(-1), sampled_B)
-    return token_B, logp_BV.gather(1, token_B[:, None])[:, 0]
+    token_A = token_A.clamp(max=logits_AV.shape[1] - 1)
+    if sampling.greedy_A is not None:
+        token_A = torch.where(sampling.greedy_A, logits_AV.argmax(-1), token_A)
+    return token_A, logp_AV.gather(1, token_A[:, None])[:, 0]
+
+
+def _nucleus(logp_AV: torch.Tensor, top_p_A: torch.Tensor) -> torch.Tensor:
+    """Keep the fewest likeliest tokens whose mass reaches `top_p_A`, and renormalise (Holtzman et
+    al., 2020, "The Curious Case of Neural Text Degeneration", section 3.1); rows of 1 stay."""
+    sorted_AV, order_AV = logp_AV.sort(dim=-1, descending=True, stable=True)
+    mass_AV = sorted_AV.double().exp()
+    before_AV = mass_AV.cumsum(-1) - mass_AV
+    cut_AV = torch.zeros_like(order_AV, dtype=torch.bool).scatter(
+        1, order_AV, (before_AV >= top_p_A[:, None]) & (top_p_A < 1)[:, None]
+    )
+    kept_AV = logp_AV.masked_fill(cut_AV, -torch.inf)
+    return kept_AV - kept_AV.logsumexp(-1, keepdim=True) * (top_p_A < 1)[:, None]

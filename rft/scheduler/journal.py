@@ -1,8 +1,9 @@
 """The scheduler's journal: a JSON line per plan and per feedback, only ever appended to.
 
 The first line names the pool. A plan's line says for every task why it was there: mean and
-evidence of the belief, and the draw that decided where there was one. Settling the plans in the
-order of the feedback lines gives the scheduler's state again.
+evidence of the belief, and the draw that decided where there was one; a round that was planned
+early also says which tasks were pending. Settling the plans in the order of the feedback lines
+gives the scheduler's state again.
 """
 
 from __future__ import annotations
@@ -22,8 +23,8 @@ STEP = re.compile(r'\{"event": "\w+", "step": (\d+)')
 
 
 class Journal:
-    """Appends lines. They are flushed, not fsynced: they survive a kill of the process, and a
-    crash of the machine falls back to the checkpoint's snapshot, which is fsynced."""
+    """Appends lines. They are flushed, and fsynced by `sync` alone: they survive a kill of the
+    process, and a crash of the machine falls back to the checkpoint, for which they are synced."""
 
     def __init__(self, folder: Path) -> None:
         path = folder / JOURNAL
@@ -34,16 +35,38 @@ class Journal:
         self._file.write(json.dumps({"event": event, **fields}, allow_nan=False) + "\n")
         self._file.flush()
 
+    def sync(self) -> int:
+        """Bring what was written to the disk; the journal's length in bytes."""
+        os.fsync(self._file.fileno())
+        return os.fstat(self._file.fileno()).st_size
+
     def close(self) -> None:
         self._file.close()
 
 
-def rewind_journal(folder: Path, step: int) -> None:
-    """Forget what happened after `step`, a torn last line included: the run resumes from there."""
-    temporary = folder / f".{JOURNAL}.tmp"
-    with open(temporary, "w", encoding="utf-8") as file:
-        file.writelines(text for text in lines(folder / JOURNAL) if step_of(text) <= step)
-    temporary.replace(folder / JOURNAL)
+def rewind_journal(folder: Path, length: int) -> None:
+    """Cut the journal back to its first `length` bytes: what a snapshot gave as its length, or 0 to
+    forget all. Plans and feedback written before that moment stay, whatever their step.
+
+    Raises `RftError`, changing nothing, for a journal that is shorter, or has no line ending there:
+    it is not the one that the snapshot was taken of.
+    """
+    path = folder / JOURNAL
+    if length == 0:
+        path.write_bytes(b"")
+        return
+    size = path.stat().st_size if path.exists() else 0
+    if size >= length:
+        with open(path, "r+b") as file:
+            file.seek(length - 1)
+            if file.read(1) == b"\n":
+                file.truncate(length)
+                os.fsync(file.fileno())
+                return
+    raise RftError(
+        f"{path} has {size} bytes and no line that ends at byte {length}, where the checkpoint was "
+        "taken; bring the run's own journal back, or start a run of another name"
+    )
 
 
 def cut_torn_line(path: Path) -> None:
@@ -111,6 +134,16 @@ def beliefs(path: Path) -> list[tuple[int, float, float]]:
         if first:
             pairs.append((step, mean, sum(first) / len(first)))
     return pairs
+
+
+def groups(path: Path) -> list[tuple[int, int, float]]:
+    """Of every task that was trained on in a step: (step, rollouts of all rounds, pass rate)."""
+    found: dict[tuple[int, str], list[float]] = {}
+    for line in read_journal(path):
+        if line["event"] == "feedback":
+            for task, _, rewards in line["outcomes"]:
+                found.setdefault((line["step"], task), []).extend(rewards)
+    return [(step, len(of), sum(of) / len(of)) for (step, _), of in found.items() if of]
 
 
 def digits(value: float) -> float | None:

@@ -7,6 +7,7 @@ alone: only `observe` changes a part, so that a plan can be drawn again after a 
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
@@ -125,6 +126,13 @@ class Estimator(Part):
         of `tasks` [K]."""
         raise NotImplementedError
 
+    def survey(self, rates: Floats) -> None:
+        """Be told the pass rate of every task [N], sampled just now from the current policy."""
+        raise RftError(
+            f"scheduler.survey_every is set, and {type(self).__name__} makes no use of surveys; "
+            "use scheduler=surveyed, or set it to 0"
+        )
+
     def sample(self, tasks: Ints, rng: np.random.Generator) -> Floats:
         """One draw of each pass rate [K] from the belief; the mean where there is no posterior."""
         return self.predict(tasks)[0]
@@ -185,9 +193,10 @@ Ask = tuple[int, int]
 @dataclass(frozen=True)
 class PlanView:
     """What a planner may look at: what it `asked` in the earlier rounds of this step and what
-    came back of them (`tallies`, by task; a task of which nothing came back is missing).
-    `draw(k)` has the selector choose up to `k` tasks that were not asked in this step, `predict`
-    is the estimator's."""
+    came back of them (`tallies`, by task; a task of which nothing came back is missing, and so is
+    one that is `pending`: of which something is still being generated). `pending_at` holds, for
+    each round of `asked`, what was pending when that was planned. `draw(k)` has the selector
+    choose up to `k` tasks that were not asked in this step, `predict` is the estimator's."""
 
     step: int
     round: int
@@ -197,10 +206,27 @@ class PlanView:
     tallies: dict[int, Tally]
     draw: Callable[[int], Ints]
     predict: Callable[[Ints], tuple[Floats, Floats]]
+    pending: frozenset[int]
+    pending_at: tuple[frozenset[int], ...]
 
-    def first_asked(self, task: int) -> int:
-        """The round in which `task` was asked first."""
-        return next(r for r, asks in enumerate(self.asked) if any(task == t for t, _ in asks))
+    def portions(self) -> dict[int, int]:
+        """In how many rounds each task was asked, in the order of the first time."""
+        return dict(Counter(task for asks in self.asked for task, _ in asks))
+
+    def generation(self) -> int:
+        """The number, from 1, of a generation of tasks that is drawn now: one more than that of
+        the newest task which is not pending. So all that is drawn early in place of one
+        generation's tasks is one generation, the next."""
+        found: dict[int, int] = {}
+
+        def following(pending: frozenset[int]) -> int:
+            return 1 + max((n for task, n in found.items() if task not in pending), default=0)
+
+        for asks, pending in zip(self.asked, self.pending_at, strict=True):
+            number = following(pending)
+            for task, _ in asks:
+                found.setdefault(task, number)
+        return following(self.pending)
 
 
 class Planner(Part):
@@ -208,9 +234,15 @@ class Planner(Part):
 
     refills = False
     """Whether it draws tasks in later rounds too."""
+    early = False
+    """Whether it may be asked while some of what it asked for is pending. It then asks for what it
+    is certain to want, whatever comes back of that; what it does not ask of a task that is not
+    pending, it never will."""
+    single_round = False
+    """Whether all that it asks for, it asks for in round 0."""
 
     def next_requests(self, view: PlanView) -> list[Ask]:
-        """What to generate next; an empty list ends the step's plan."""
+        """What to generate next; an empty list while nothing is pending ends the step's plan."""
         raise NotImplementedError
 
 

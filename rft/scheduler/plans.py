@@ -17,8 +17,16 @@ class OpenPlan:
     """A plan that waits for its feedback: what was asked in each round and what came back."""
 
     rounds: list[tuple[Ask, ...]] = field(default_factory=list)
+    pending: list[frozenset[int]] = field(default_factory=list)
+    """Of each round, the tasks of which something was still being generated when it was planned."""
     parts: dict[int, Feedback] = field(default_factory=dict)
     drawn: int = 0
+
+    def add(self, asks: tuple[Ask, ...], pending: frozenset[int], drawn: int) -> None:
+        """One more round."""
+        self.rounds.append(asks)
+        self.pending.append(pending)
+        self.drawn = drawn
 
     def tasks(self) -> list[int]:
         """Every task asked for, in the order of the first time."""
@@ -74,6 +82,14 @@ def tallies(indices: dict[str, int], outcomes: Sequence[Outcome]) -> dict[int, T
         round, n = first.get(task, (o.round, 0))
         first[task] = (round, n + o.n if o.round == round else n)
     return {task: Tally(tuple(r), first[task][1]) for task, r in rewards.items()}
+
+
+def pending_tasks(indices: dict[str, int], pending: Sequence[str]) -> frozenset[int]:
+    """Task ids to indices. Raises `RftError` for one that is not in the plan."""
+    for task in pending:
+        if task not in indices:
+            raise RftError(f"task {task!r} is said to be pending, and was not planned")
+    return frozenset(indices[task] for task in pending)
 
 
 def make_report(step: int, plan: OpenPlan, indices: dict[str, int]) -> Report:

@@ -1,8 +1,9 @@
 """The scheduler: owns the belief about every task, plans each step, and journals what it did.
 
 Its folder holds `snapshot.safetensors` (the state after some plan was settled) and
-`journal.jsonl`. Opening the folder loads the snapshot and replays what was settled after it, so a
-killed scheduler comes back with nothing lost and nothing counted twice.
+`journal.jsonl`. Opening the folder loads the snapshot, takes the open plans from the journal and
+replays what was settled after the snapshot, so a killed scheduler comes back with nothing lost and
+nothing counted twice.
 """
 
 from __future__ import annotations
@@ -30,14 +31,15 @@ from rft.scheduler.parts import (
     Selector,
     SelectView,
     Setup,
+    Tally,
 )
-from rft.scheduler.plans import OpenPlan, check, make_report, tallies
+from rft.scheduler.plans import OpenPlan, check, make_report, pending_tasks, tallies
 from rft.scheduler.telemetry import Visits, step_metrics
 from rft.seeding import derive
 from rft.state import load_state, save_state
 
 SNAPSHOT = "snapshot.safetensors"
-FORMAT = 2
+FORMAT = 3
 """Of snapshot and journal."""
 
 
@@ -70,6 +72,7 @@ class Scheduler:
         self._settled: set[int] = set()
         """Steps that are settled, beyond `_all_settled`; up to that one all are."""
         self._all_settled = 0
+        self._surveyed = 0  # the step that the newest survey was made for
         self._drawn = 0  # how far the settled plans walked the epochs
         self._last: tuple[int, int, Metrics] = (0, 0, {})
         """The step settled last, the number of its last part, and its metrics."""
@@ -84,12 +87,20 @@ class Scheduler:
 
     # ---- planning
 
-    def plan(self, step: int, round: int, so_far: Sequence[Outcome]) -> Plan:
+    def plan(
+        self, step: int, round: int, so_far: Sequence[Outcome], pending: Sequence[str] = ()
+    ) -> Plan:
         """What to generate next in `step`, given what its earlier rounds brought.
+
+        `pending` are the tasks of which something is still being generated; outcomes of theirs in
+        `so_far` are not looked at. While there are any an empty answer does not end the plan and
+        leaves no trace: the same round is asked for again when more is back, and what it then
+        draws is what it would have drawn without having been asked before. A planner that is not
+        `early` wants nothing as long as something is pending.
 
         Tasks of other plans that are still open are not chosen: every plan must be settled in the
         end, by empty feedback if nothing came of it. Raises `RftError` for a step that is settled,
-        and for a round out of order.
+        a round out of order, and outcomes or pending tasks that the plan does not have.
         """
         if step < 1 or round < 0:
             raise RftError(f"step {step}, round {round}: steps are counted from 1, rounds from 0")
@@ -105,9 +116,18 @@ class Scheduler:
                 f"round {round} of step {step} is planned after {len(plan.rounds)} rounds; rounds "
                 "are planned in order, from 0"
             )
-        return self._draw(step, plan, so_far)
+        indices = self._indices(plan)
+        waiting = pending_tasks(indices, pending)
+        if waiting and not self._planner.early:
+            return self._as_plan(step, round, ())
+        known = tallies(indices, so_far)
+        return self._draw(
+            step, plan, {t: tally for t, tally in known.items() if t not in waiting}, waiting
+        )
 
-    def _draw(self, step: int, plan: OpenPlan, so_far: Sequence[Outcome]) -> Plan:
+    def _draw(
+        self, step: int, plan: OpenPlan, known: dict[int, Tally], pending: frozenset[int]
+    ) -> Plan:
         setup, round = self._setup, len(plan.rounds)
         rng = np.random.default_rng(derive(setup.seed, "select", step, round))
         exclude = np.zeros(len(setup.pool), dtype=bool)
@@ -134,15 +154,16 @@ class Scheduler:
             setup.tasks_per_step,
             setup.rollouts_per_task,
             tuple(plan.rounds),
-            tallies(self._indices(plan), so_far),
+            known,
             draw,
             self._estimator.predict,
+            pending,
+            tuple(plan.pending),
         )
         asks = tuple((int(task), int(n)) for task, n in self._planner.next_requests(view) if n > 0)
         if asks or round == 0:  # a plan of nothing is one, too
             self._open[step] = plan
-            plan.rounds.append(asks)
-            plan.drawn = position
+            plan.add(asks, pending, position)
             self._write_plan(step, round, plan, draws)
         return self._as_plan(step, round, asks)
 
@@ -155,10 +176,12 @@ class Scheduler:
             + ([digits(draws[task])] if task in draws else [])
             for (task, n), mean, evidence in zip(asks, means, evidences, strict=True)
         ]
-        self._journal.write("plan", step=step, round=round, drawn=plan.drawn, tasks=rows)
+        early = {"pending": sorted(plan.pending[round])} if plan.pending[round] else {}
+        self._journal.write("plan", step=step, round=round, drawn=plan.drawn, **early, tasks=rows)
 
     def _as_plan(self, step: int, round: int, asks: tuple[Ask, ...]) -> Plan:
-        return Plan(step, round, tuple((str(self._setup.pool.ids[task]), n) for task, n in asks))
+        requests = tuple((str(self._setup.pool.ids[task]), n) for task, n in asks)
+        return Plan(step, round, requests, self._planner.early)
 
     def _position(self) -> int:
         """How far the epochs were walked by all plans, the open ones included."""
@@ -234,13 +257,34 @@ class Scheduler:
     def _is_settled(self, step: int) -> bool:
         return step <= self._all_settled or step in self._settled
 
+    def survey(self, step: int, rates: Sequence[float]) -> None:
+        """Take every task's pass rate [N], sampled from the current policy before `step`.
+
+        Told again of the same step it changes nothing. Raises `RftError`, changing nothing, for
+        rates that are not one for each task, or not in [0, 1].
+        """
+        if step <= self._surveyed:
+            return
+        known = np.asarray(rates, dtype=np.float64)
+        if len(known) != len(self._setup.pool) or not ((known >= 0.0) & (known <= 1.0)).all():
+            raise RftError(
+                f"the survey before step {step} gives {len(known)} rates for "
+                f"{len(self._setup.pool)} tasks, or one outside [0, 1]; give each task's once"
+            )
+        self._estimator.survey(known)
+        self._surveyed = step
+        self._journal.write("survey", step=step, rates=known.tolist())
+
     # ---- surviving
 
-    def snapshot(self) -> Path:
-        """Write the state after the last settled plan into the folder; returns the file."""
+    def snapshot(self) -> tuple[Path, int]:
+        """Write the state after the last settled plan into the folder; returns the file, and the
+        journal's length in bytes, by now on disk: so much of it holds what there is of the plans
+        that are open. The two together bring this moment back (`rewind_journal`)."""
+        length = self._journal.sync()
         path = self._folder / SNAPSHOT
         save_state(path, self._state())
-        return path
+        return path, length
 
     def close(self) -> None:
         """Close the journal."""
@@ -254,6 +298,7 @@ class Scheduler:
             "all_settled": self._all_settled,
             "settled": sorted(self._settled),
             "drawn": self._drawn,
+            "surveyed": self._surveyed,
             "last": list(self._last[:2]),
             "last_metrics": [[name, value] for name, value in self._last[2].items()],
             "visits": self._visits.state(),
@@ -278,7 +323,7 @@ class Scheduler:
     def _load(self, state: dict[str, Any]) -> None:
         self._same_pool("snapshot", state.get("format"), state["tasks"], state["pool"])
         self._all_settled, self._settled = state["all_settled"], set(state["settled"])
-        self._drawn = state["drawn"]
+        self._drawn, self._surveyed = state["drawn"], state["surveyed"]
         self._last = (*state["last"], dict(state["last_metrics"]))
         self._visits.load(state["visits"])
         self._estimator.load(state.get("estimator", {}))
@@ -287,11 +332,15 @@ class Scheduler:
 
     def _replay(self, line: dict[str, Any]) -> None:
         step = line["step"]
+        if line["event"] == "survey":
+            self._estimator.survey(np.array(line["rates"]))
+            self._surveyed = step
+            return
         plan = self._open.setdefault(step, OpenPlan())
         if line["event"] == "plan":
             if line["round"] == len(plan.rounds):  # the same one twice: a scheduler that hung wrote
-                plan.rounds.append(tuple((row[0], row[2]) for row in line["tasks"]))
-                plan.drawn = line["drawn"]
+                asks = tuple((row[0], row[2]) for row in line["tasks"])
+                plan.add(asks, frozenset(line.get("pending", ())), line["drawn"])
             return
         outcomes = tuple(
             Outcome(task, tuple(float(r) for r in rewards), round)

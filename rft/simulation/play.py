@@ -113,6 +113,10 @@ class Run:
 
     def step(self, step: int) -> None:
         """Plan, roll out, learn, and report what is due."""
+        every = self._config.scheduler.survey_every
+        if every and (step - 1) % every == 0:
+            everything = np.arange(self._world.config.tasks)
+            self._scheduler.survey(step, self._policy.pass_rate(everything).tolist())
         groups: dict[str, list[float]] = {}
         outcomes: list[Outcome] = []
         round = 0

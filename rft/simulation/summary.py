@@ -11,6 +11,8 @@ from matplotlib import rc_context
 from matplotlib.figure import Figure
 from scipy import special
 
+from rft.reporting import milestones
+from rft.reporting.tables import grid
 from rft.scheduler.parts import Floats
 from rft.simulation.play import Curve
 
@@ -48,47 +50,35 @@ def cell(values: Sequence[float]) -> Cell:
     return Cell(float(known.mean()), float(width), len(known), len(values))
 
 
-def time_to(curve: Curve, target: float, clock: Sequence[float]) -> float:
-    """When the best accuracy so far first reaches `target`, on the scale of `clock`, linear between
-    evaluations; NaN if never."""
-    best = np.maximum.accumulate(curve.accuracy)
-    reached = np.flatnonzero(best >= target)
-    if not reached.size:
-        return float("nan")
-    i = int(reached[0])
-    if i == 0:
-        return float(clock[0])
-    part = (target - best[i - 1]) / (best[i] - best[i - 1])
-    return float(clock[i - 1] + part * (clock[i] - clock[i - 1]))
-
-
 def ttb(
     curve: Curve, baseline: Curve, share: float, clock: Callable[[Curve], Sequence[float]]
 ) -> float:
-    """Time to baseline: when this curve reaches `share` of the baseline's best improvement, over
-    when the baseline does; by steps or by tokens. Below 1 is better; NaN if it never does, or if
-    the baseline never improves."""
-    start = baseline.accuracy[0]
-    target = start + share * (max(baseline.accuracy) - start)
-    base = time_to(baseline, target, clock(baseline))
-    return time_to(curve, target, clock(curve)) / base if base > 0 else float("nan")
+    """Time to baseline, by steps or by tokens: `rft.reporting.milestones.ttb`."""
+    return milestones.ttb(track(curve, clock), track(baseline, clock), share).value
 
 
 def bsf(curve: Curve, baseline: Curve, window: float) -> float:
-    """Best so far: the best accuracy within this share of the steps, over the baseline's."""
-    within = sum(step <= window * curve.steps[-1] + 1e-9 for step in curve.steps)
-    return max(curve.accuracy[:within]) / max(baseline.accuracy[:within])
+    """Best so far, by steps: `rft.reporting.milestones.bsf`."""
+    return milestones.bsf(track(curve, steps), track(baseline, steps), window).value
+
+
+def track(curve: Curve, clock: Callable[[Curve], Sequence[float]]) -> milestones.Track:
+    """A curve on a clock."""
+    return milestones.Track(np.array(clock(curve), dtype=float), np.array(curve.accuracy))
+
+
+def steps(curve: Curve) -> Sequence[float]:
+    """The clock of steps."""
+    return curve.steps
+
+
+def tokens(curve: Curve) -> Sequence[float]:
+    """The clock of tokens."""
+    return curve.tokens
 
 
 def measures(curve: Curve, baseline: Curve) -> dict[str, float]:
     """All columns of the table for one arm and seed."""
-
-    def steps(c: Curve) -> Sequence[float]:
-        return c.steps
-
-    def tokens(c: Curve) -> Sequence[float]:
-        return c.tokens
-
     columns = {f"TTB {share:.0%}": ttb(curve, baseline, share, steps) for share in SHARES}
     columns["TTB 100%, tokens"] = ttb(curve, baseline, 1.0, tokens)
     columns |= {f"BSF {window:.0%}": bsf(curve, baseline, window) for window in WINDOWS}
@@ -115,10 +105,8 @@ def table(curves: Sequence[Curve], baseline: str) -> dict[str, dict[str, Cell]]:
 def markdown(rows: dict[str, dict[str, Cell]]) -> str:
     """The table as Markdown."""
     names = [*next(iter(rows.values()))]
-    lines = ["| arm | " + " | ".join(names) + " |", "|---" * (len(names) + 1) + "|"]
-    for arm, cells in rows.items():
-        lines.append(f"| {arm} | " + " | ".join(str(cells[name]) for name in names) + " |")
-    return "\n".join(lines)
+    cells = [[arm, *(str(of[name]) for name in names)] for arm, of in rows.items()]
+    return grid([["arm", *names], *cells])
 
 
 def plot(curves: Sequence[Curve], arms: Sequence[str]) -> bytes:

@@ -32,6 +32,8 @@ ALPHABET = "abcdefghij"
 FAMILIES = ("rev", "sort")
 LONGEST = 16
 LENGTHS = range(2, LONGEST + 1)
+MISLABELLED = "mislabelled"
+"""The training pool of which half is wrong."""
 WRONG = "-wrong"
 """Ends the id of a mislabelled task."""
 MANIFEST = "manifest.json"
@@ -50,7 +52,9 @@ Words of {shortest} to {longest} letters are to be reversed (`rabc=` -> `cba`) o
   asked, and reinforcement learning gains quickly; do not expect that speed of other models.
 - `strong/`: the base after more warm-up on right demonstrations only. A reference, not a goal.
 - `train.jsonl`, `validation.jsonl`, `test.jsonl`: tasks. No prompt is in two of them, and no prompt
-  of the last two was in the warm-up. `weak` and `strong` are pass rates of base and strong.{wrong}
+  of the last two was in the warm-up. `weak` and `strong` are pass rates of base and strong.
+- `mislabelled.jsonl`: the training tasks, and as many that have a wrong answer, on purpose; the ids
+  of these end in `{wrong}`, and they are not counted below.
 - `manifest.json`: how all of this was made, and the numbers below.
 
 Mean pass rates, sampled at temperature 1:
@@ -59,9 +63,6 @@ Mean pass rates, sampled at temperature 1:
 | --- | --- | --- |
 {table}
 """
-README_WRONG = f"""
-  Half of the training tasks have a wrong answer, on purpose; their ids end in `{WRONG}`, and they
-  are not counted below."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,7 +70,6 @@ class Settings:
     """What a folder is made from; the arguments of `prepare`."""
 
     seed: int
-    mislabelled: bool
     train_tasks: int
     held_out_tasks: int
     base_steps: int
@@ -78,7 +78,7 @@ class Settings:
 
     def __post_init__(self) -> None:
         for name, value in asdict(self).items():
-            if name not in ("seed", "mislabelled") and value < 1:
+            if name != "seed" and value < 1:
                 raise RftError(f"{name}={value} for the letters tasks; it must be at least 1")
 
 
@@ -86,26 +86,23 @@ def prepare(
     folder: str,
     seed: int = 0,
     *,
-    mislabelled: bool = False,
     train_tasks: int = 20,
     held_out_tasks: int = 8,
     base_steps: int = 600,
     strong_steps: int = 200,
     samples: int = 8,
 ) -> None:
-    """Make `folder`, unless it is there: base/, strong/, three task files, README, manifest.
+    """Make `folder`, unless it is there: base/, strong/, four task files, README, manifest.
 
     `train_tasks` and `held_out_tasks` (validation and test each) count tasks of each family and
-    length; `mislabelled` adds as many training tasks with a wrong answer. `base_steps` and
-    `strong_steps` are optimizer steps of warm-up. Pass rates are means over `samples` samples.
-    The same arguments give the same files, bit for bit, on one machine. About a minute on 2 cores.
+    length; of the mislabelled pool's there are twice as many. `base_steps` and `strong_steps` are
+    optimizer steps of warm-up. Pass rates are means over `samples` samples. The same arguments give
+    the same files, bit for bit, on one machine. Two to four minutes on 2 cores.
 
     Raises RftError if an argument is off, if the folder was made with other arguments, is something
     else or cannot be written, or if another process keeps its lock for half an hour.
     """
-    settings = Settings(
-        seed, mislabelled, train_tasks, held_out_tasks, base_steps, strong_steps, samples
-    )
+    settings = Settings(seed, train_tasks, held_out_tasks, base_steps, strong_steps, samples)
     final = Path(folder).absolute()
     if _is_complete(final, settings):
         return
@@ -117,7 +114,7 @@ def prepare(
     with _locked(final.with_name(f".{final.name}.lock"), console):
         if _is_complete(final, settings):  # made while this process waited for the lock
             return
-        console.print(f"making the letters tasks and models in {final}: about a minute, once")
+        console.print(f"making the letters tasks and models in {final}: some minutes, once")
         temporary = final.with_name(f".{final.name}.tmp")
         shutil.rmtree(temporary, ignore_errors=True)  # left by a kill
         temporary.mkdir()
@@ -125,19 +122,17 @@ def prepare(
         os.rename(temporary, final)
 
 
-def make_tasks(
-    seed: int, train_tasks: int, held_out_tasks: int, mislabelled: bool = False
-) -> dict[str, list[Task]]:
+def make_tasks(seed: int, train_tasks: int, held_out_tasks: int) -> dict[str, list[Task]]:
     """Shuffled tasks of the sets train, validation and test; no prompt occurs twice in all of them.
+    A fourth, mislabelled, has the training tasks and as many whose answer is wrong.
 
-    `mislabelled` adds to the training tasks as many whose answer is wrong; it changes none of the
-    others. Raises RftError where there are fewer words of a length than tasks.
+    Raises RftError where there are fewer words of a length than tasks.
     """
     sizes = {
         "train": train_tasks,
         "validation": held_out_tasks,
         "test": held_out_tasks,
-        WRONG: train_tasks,
+        MISLABELLED: train_tasks,
     }
     sets: dict[str, list[Task]] = {name: [] for name in sizes}
     for family in FAMILIES:
@@ -145,11 +140,9 @@ def make_tasks(
             rng = random.Random(derive(seed, "letters", family, length))
             words = iter(_draw_words(rng, length, sum(sizes.values())))
             for name, size in sizes.items():
-                make = partial(_make_mislabelled, rng) if name == WRONG else _make_task
+                make = partial(_make_mislabelled, rng) if name == MISLABELLED else _make_task
                 sets[name] += [make(family, next(words)) for _ in range(size)]
-    wrong = sets.pop(WRONG)
-    if mislabelled:
-        sets["train"] += wrong
+    sets[MISLABELLED] += sets["train"]
     for name, tasks in sets.items():
         random.Random(derive(seed, "letters", "order", name)).shuffle(tasks)
     return sets
@@ -249,10 +242,8 @@ def _locked(path: Path, console: Console) -> Iterator[None]:
 def _build(folder: Path, settings: Settings, console: Console) -> None:
     from rft.tasks import letters_model  # imports torch, which a complete folder does without
 
-    sets = make_tasks(
-        settings.seed, settings.train_tasks, settings.held_out_tasks, settings.mislabelled
-    )
-    tasks = [task for name in sets for task in sets[name]]
+    sets = make_tasks(settings.seed, settings.train_tasks, settings.held_out_tasks)
+    tasks = [*{task.id: task for name in sets for task in sets[name]}.values()]
     held_out = {task.prompt for task in sets["validation"] + sets["test"]}
     with Progress(console=console) as progress:
         letters_model.make_models(
@@ -273,7 +264,7 @@ def _build(folder: Path, settings: Settings, console: Console) -> None:
         lines = [json.dumps(row) + "\n" for row in rows]
         (folder / f"{name}.jsonl").write_text("".join(lines), "utf-8")
     accuracy = _accuracy(sets)
-    (folder / "README.md").write_text(_readme(accuracy, settings.mislabelled), "utf-8")
+    (folder / "README.md").write_text(_readme(accuracy), "utf-8")
     manifest = {"settings": asdict(settings), "accuracy": accuracy}
     (folder / MANIFEST).write_text(json.dumps(manifest, indent=1) + "\n", "utf-8")
 
@@ -281,9 +272,10 @@ def _build(folder: Path, settings: Settings, console: Console) -> None:
 def _accuracy(sets: dict[str, list[Task]]) -> dict[str, dict[str, float]]:
     """Mean pass rates of base and strong: of each set, and of all tasks of each length.
 
-    Mislabelled tasks are left out: solving them is not what either model was taught.
+    The mislabelled pool is left out: its right half is counted, and solving the rest is not what
+    either model was taught.
     """
-    right = {name: [t for t in tasks if not t.id.endswith(WRONG)] for name, tasks in sets.items()}
+    right = {name: tasks for name, tasks in sets.items() if name != MISLABELLED}
     every = [task for tasks in right.values() for task in tasks]
     rows = right | {f"{n} letters": [t for t in every if len(t.answer) == n] for n in LENGTHS}
     return {
@@ -295,11 +287,11 @@ def _accuracy(sets: dict[str, list[Task]]) -> dict[str, dict[str, float]]:
     }
 
 
-def _readme(accuracy: dict[str, dict[str, float]], mislabelled: bool) -> str:
+def _readme(accuracy: dict[str, dict[str, float]]) -> str:
     return README.format(
         shortest=LENGTHS[0],
         longest=LONGEST,
-        wrong=README_WRONG if mislabelled else "",
+        wrong=WRONG,
         table="\n".join(
             f"| {name} | {row['base']:.2f} | {row['strong']:.2f} |"
             for name, row in accuracy.items()

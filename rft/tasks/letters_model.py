@@ -223,12 +223,14 @@ def pass_rates(
     for start in progress.track(range(0, len(ordered), size), description=title):
         requests = [
             Request(
-                task=task.id,
-                prompt_ids=tuple(tokenizer(task.prompt).input_ids),
-                seeds=tuple(derive(seed, "letters", "sample", task.id, i) for i in range(samples)),
-                sampling=Sampling(temperature=1.0, max_tokens=LONGEST + 4),
+                place * samples + i,
+                task.id,
+                tuple(tokenizer(task.prompt).input_ids),
+                derive(seed, "letters", "sample", task.id, i),
+                Sampling(temperature=1.0, max_tokens=LONGEST + 4),
             )
-            for task in ordered[start : start + size]
+            for place, task in enumerate(ordered[start : start + size])
+            for i in range(samples)
         ]
         for rollout in engine.generate(requests):
             right[rollout.task] += (

@@ -40,7 +40,7 @@ class PromptEncoder:
 
     def __init__(self, model_path: str, tasks: TasksConfig) -> None:
         self._model, self._tasks = model_path, tasks
-        self._tokenizer = _load(model_path)
+        self._tokenizer = load_tokenizer(model_path)
         self._template: str | None = None
         if self._tokenizer.chat_template is not None:
             self._template = self._tokenizer.get_chat_template()
@@ -160,7 +160,8 @@ def _said(messages: tuple[Message, ...], user: str, announcement: Announcement) 
     )
 
 
-def _load(model_path: str) -> Any:
+def load_tokenizer(model_path: str) -> Any:
+    """The model's tokenizer; raises RftError where there is no model, or it has none."""
     from transformers import AutoTokenizer
 
     folder = Path(model_path)
@@ -194,7 +195,7 @@ def vocabulary(model_path: str) -> int:
     from transformers import AutoConfig
 
     size: int = AutoConfig.from_pretrained(model_path).get_text_config().vocab_size
-    known = len(_load(model_path))
+    known = len(load_tokenizer(model_path))
     if known > size:
         raise RftError(
             f"the tokenizer of {model_path!r} has {known} tokens and the model only {size}; they "

@@ -31,9 +31,9 @@ class BudgetThinker(Shaper):
     with the epoch: 6000, 4000, 3500, 3000, 2500, 2000, then twice one of 2000, 4000 and 6000.
     `sentence` follows the user's message and has `{budget}` in it.
 
-    Deviations: the engines insert nothing while they decode, so there are no markers of what
-    remains of the budget, nor is an answer forced at 1.25 B. The budget is announced, and the run's
-    `rollout.max_tokens` is the limit.
+    Deviations: no answer is forced at 1.25 B; the run's `rollout.max_tokens` is the limit. The
+    markers of what remains are a matter of the engines: budget=markers puts them in, for one budget
+    that is the same for all rollouts.
 
     Raises `RftError` for a curriculum that does not start at step 1 and go up, an empty stage, a
     budget below 1, a negative weight or an unknown pattern.

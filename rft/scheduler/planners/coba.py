@@ -50,6 +50,8 @@ class CoBA(Planner):
     leave some unspent. F takes each task's first round, and fractional rewards as they are.
     """
 
+    single_round = True
+
     def __init__(
         self,
         setup: Setup,

@@ -9,6 +9,8 @@ class Constant(Planner):
     """`tasks_per_step` tasks with `rollouts_per_task` rollouts each, in one round: plain GRPO.
     BroRL (arXiv 2510.01180) is this with 512 rollouts."""
 
+    single_round = True
+
     def next_requests(self, view: PlanView) -> list[Ask]:
         if view.round > 0:
             return []

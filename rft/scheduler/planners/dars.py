@@ -27,9 +27,14 @@ class DARS(Planner):
     The extra rollouts are the weighting, so use it with a loss that does not average over a
     task's rollouts first.
 
+    Asked early, a task of which round one is back gets its second round at once, the same as if
+    all had been waited for.
+
     Deviations: u is the mean reward of what came back of round one, fractions included; a task of
     which nothing came back gets no second round.
     """
+
+    early = True
 
     def __init__(
         self,
@@ -50,9 +55,7 @@ class DARS(Planner):
     def next_requests(self, view: PlanView) -> list[Ask]:
         if view.round == 0:
             return [(int(task), view.rollouts_per_task) for task in view.draw(view.tasks_per_step)]
-        if view.round > 1:
-            return []
-        tasks = [task for task, _ in view.asked[0] if task in view.tallies]
+        tasks = [t for t, rounds in view.portions().items() if rounds == 1 and t in view.tallies]
         rates = np.array([view.tallies[task].rate for task in tasks], dtype=np.float64)
         return asks(np.array(tasks, dtype=np.int64), self._extra(rates, view.rollouts_per_task))
 

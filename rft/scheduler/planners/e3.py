@@ -41,6 +41,8 @@ class E3(Planner):
     rank the best one; its cap binds the remainder only. The temperature schedule is not here.
     """
 
+    single_round = True
+
     def __init__(self, setup: Setup, *, n_min: int = 4, n_max: int = 12, widen: int = 2) -> None:
         super().__init__(setup)
         check_limits(n_min, n_max, setup.rollouts_per_task, ("n_min", "n_max"))

@@ -31,6 +31,8 @@ class Knapsack(Planner):
     may push a task above `max_n`.
     """
 
+    single_round = True
+
     def __init__(
         self,
         setup: Setup,

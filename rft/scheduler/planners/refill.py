@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from typing import Any
 
@@ -26,6 +27,15 @@ class Refill(Planner):
 
     A generation starts where a round asks for tasks that no earlier one did, so a plan taken up
     again after a crash goes on as it would have.
+
+    Asked early, which it may be where `inner` may or asks in one round only, it counts groups that
+    are not complete as mixed, and draws `oversample` tasks for each that is certain to be missing,
+    also where `adaptive`: so few groups say little about z. `inner` goes on with each generation
+    by itself. A draw is of the generation after the newest of which a task is back, so the draws
+    in place of one generation's tasks count as one for `max_rounds`. With `oversample` 1 and
+    without `adaptive` as many tasks are drawn as if all had been waited for, unless `max_rounds`
+    ends it; which ones differs, as each draw has a random stream, and a belief, of its own. An
+    `inner` that divides a budget divides each draw's.
 
     Deviations: verl raises an error where the generations do not suffice, and cuts off mixed
     groups beyond `tasks_per_step`; here all are kept. There can be some only with `oversample`
@@ -53,43 +63,43 @@ class Refill(Planner):
             )
         at_least("scheduler.planner.oversample", oversample, 1.0)
         at_least("scheduler.planner.max_rounds", max_rounds, 1)
+        self.early = self._inner.early or self._inner.single_round
         self._oversample, self._max_rounds, self._adaptive = oversample, max_rounds, adaptive
 
     def next_requests(self, view: PlanView) -> list[Ask]:
-        starts: list[int] = []
-        tried: set[int] = set()
-        for round, asked in enumerate(view.asked):
-            new = {task for task, _ in asked} - tried
-            if new:
-                starts.append(round)
-                tried |= new
-        if starts:
-            requests = self._inner.next_requests(self._generation(view, starts[-1]))
-            if requests:
-                return requests
-        enough = mixed(view, tried) >= view.tasks_per_step
-        if enough or len(starts) == self._max_rounds:
-            return []
-        return self._inner.next_requests(self._generation(view, view.round))
-
-    def _generation(self, view: PlanView, start: int) -> PlanView:
-        """What `inner` may see: the generation whose first round is `start`."""
-        asked = view.asked[start:]
-        tasks = {task for round in asked for task, _ in round}
-        return replace(
-            view,
-            round=view.round - start,
-            tasks_per_step=self._size(view, {t for round in view.asked[:start] for t, _ in round}),
-            asked=asked,
-            tallies={task: tally for task, tally in view.tallies.items() if task in tasks},
+        requests = [
+            ask
+            for generation in self._generations(view)
+            for ask in self._inner.next_requests(generation)
+        ]
+        if requests and not view.pending:
+            return requests
+        hopeful = view.pending.union(task for task, _ in requests)
+        missing = view.tasks_per_step - sum(
+            task in hopeful or mixed(view, task) for task in view.portions()
         )
+        if missing > 0 and view.generation() <= self._max_rounds:
+            requests += self._inner.next_requests(part_of(view, self._size(view, missing), ()))
+        return requests
 
-    def _size(self, view: PlanView, tried: set[int]) -> int:
-        """How many tasks to draw, after `tried`."""
-        good = mixed(view, tried)
-        missing = view.tasks_per_step - good
-        if not (self._adaptive and tried):
+    def _generations(self, view: PlanView) -> list[PlanView]:
+        """What `inner` may see of each generation, as a step of its own."""
+        drawn_in: dict[int, int] = {}
+        rounds: dict[int, list[tuple[tuple[Ask, ...], frozenset[int]]]] = {}
+        for round, (asked, pending) in enumerate(zip(view.asked, view.pending_at, strict=True)):
+            own: dict[int, list[Ask]] = {}
+            for ask in asked:
+                own.setdefault(drawn_in.setdefault(ask[0], round), []).append(ask)
+            for start, asks in own.items():
+                rounds.setdefault(start, []).append((tuple(asks), pending))
+        return [part_of(view, len(of[0][0]), of) for of in rounds.values()]
+
+    def _size(self, view: PlanView, missing: int) -> int:
+        """How many tasks to draw for those that are missing."""
+        tried = view.portions()
+        if not (self._adaptive and tried) or view.pending:
             return math.ceil(missing * self._oversample)
+        good = sum(mixed(view, task) for task in tried)
         size = 1.25 * missing * len(tried) / good if good else math.inf
         return math.ceil(min(max(size, view.tasks_per_step / 4), 1.5 * view.tasks_per_step))
 
@@ -103,6 +113,22 @@ class Refill(Planner):
         self._inner.load(state.get("inner", {}))
 
 
-def mixed(view: PlanView, tasks: set[int]) -> int:
-    """How many of `tasks` have a mixed group."""
-    return sum(task in view.tallies and view.tallies[task].mixed for task in tasks)
+def part_of(
+    view: PlanView, tasks_per_step: int, rounds: Sequence[tuple[tuple[Ask, ...], frozenset[int]]]
+) -> PlanView:
+    """A view of some rounds, asks and what was pending then, as a step of its own."""
+    tasks = {task for asked, _ in rounds for task, _ in asked}
+    return replace(
+        view,
+        round=len(rounds),
+        tasks_per_step=tasks_per_step,
+        asked=tuple(asked for asked, _ in rounds),
+        tallies={task: tally for task, tally in view.tallies.items() if task in tasks},
+        pending=view.pending & tasks,
+        pending_at=tuple(pending & tasks for _, pending in rounds),
+    )
+
+
+def mixed(view: PlanView, task: int) -> bool:
+    """Whether what is known of a task's group has a signal."""
+    return task in view.tallies and view.tallies[task].mixed

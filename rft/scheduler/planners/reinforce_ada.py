@@ -20,8 +20,13 @@ class ReinforceAda(Planner):
 
     The mean reward of such a group is biased up, its first round's is not.
 
+    Asked early, a task that is back goes on at once; rounds are counted by task. Each task gets
+    what it would have got had all been waited for.
+
     Deviations: a task of which nothing came back has no correct and no wrong rollouts, and stays.
     """
+
+    early = True
 
     def __init__(
         self,
@@ -41,10 +46,14 @@ class ReinforceAda(Planner):
     def next_requests(self, view: PlanView) -> list[Ask]:
         if view.round == 0:
             active = view.draw(view.tasks_per_step).tolist()
-        elif view.round < self._max_rounds:
-            active = [task for task, _ in view.asked[0] if not self._done(view.tallies.get(task))]
         else:
-            active = []
+            active = [
+                task
+                for task, rounds in view.portions().items()
+                if rounds < self._max_rounds
+                and task not in view.pending
+                and not self._done(view.tallies.get(task))
+            ]
         return [(task, view.rollouts_per_task) for task in active]
 
     def _done(self, tally: Tally | None) -> bool:

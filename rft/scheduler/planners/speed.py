@@ -14,6 +14,12 @@ class SPEED(Planner):
     `tasks_per_step` have qualified or `max_rounds` rounds of screening have passed; then the step
     has what there is. `rollouts_per_task` plays no part: a trained group has n_init + n_cont.
 
+    Asked early, a task that is screened is continued at once, and those still being screened count
+    as qualified: only what is certain to be missing is drawn. A draw is of the round of screening
+    after the newest of which a task is back. With `oversample` 1 as many tasks are drawn as if all
+    had been waited for, unless `max_rounds` ends it; which ones differs, as each draw has a random
+    stream, and a belief, of its own.
+
     Deviations: the paper fuses a step's continuation with the next step's screening and carries
     what it screened over, a version late; here a step stands alone, and screening takes more
     rounds. A qualified task above `tasks_per_step` keeps its screening rollouts and gets no more.
@@ -21,6 +27,7 @@ class SPEED(Planner):
     """
 
     refills = True
+    early = True
 
     def __init__(
         self,
@@ -40,15 +47,14 @@ class SPEED(Planner):
         self._oversample, self._max_rounds = oversample, max_rounds
 
     def next_requests(self, view: PlanView) -> list[Ask]:
-        before = {task for round in view.asked[:-1] for task, _ in round}
-        last = [task for task, _ in view.asked[-1]] if view.asked else []
-        continued = sum(len(round) for round in view.asked) - len(before.union(last))
-        missing = view.tasks_per_step - continued
-        screened = [task for task in last if task not in before and task in view.tallies]
-        qualified = [task for task in screened if view.tallies[task].mixed][:missing]
+        portions = view.portions()
+        screened = [task for task, rounds in portions.items() if rounds == 1]
+        missing = view.tasks_per_step - (len(portions) - len(screened))
+        known = [task for task in screened if task in view.tallies]
+        qualified = [task for task in known if view.tallies[task].mixed][:missing]
         requests = [(task, self._n_cont) for task in qualified]
-        missing -= len(qualified)
-        if missing > 0 and view.round < self._max_rounds:
+        missing -= len(qualified) + len(view.pending.intersection(screened))
+        if missing > 0 and view.generation() <= self._max_rounds:
             drawn = view.draw(math.ceil(missing * self._oversample))
             requests += [(task, self._n_init) for task in drawn.tolist()]
         return requests
