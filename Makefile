@@ -23,6 +23,9 @@ test: lint types pytest
 lint: $(READY)
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
+	$(BIN)/yamllint --strict .
+	$(BIN)/shellcheck $(wildcard scripts/*.sh scripts/*.sbatch) .ci/run
+	$(BIN)/hadolint $(wildcard docker/Dockerfile.*)
 
 format: $(READY)
 	$(BIN)/ruff check --fix .
@@ -36,7 +39,8 @@ pytest: $(READY)
 	$(ACTIVE) HF_HUB_OFFLINE=1 WANDB_MODE=offline $(BIN)/python -m pytest
 
 # What pip cannot bring: venv itself, a compiler and Python's headers (DeepSpeed compiles its CPU
-# collective at first use), libnuma (vLLM's CPU build links to it), bubblewrap (the sandbox for code).
+# collective at first use), libnuma (vLLM's CPU build links to it), bubblewrap (the sandbox for code),
+# Chromium and its driver (reports are tested in it).
 define debian
 set -e; missing=""; \
 version=$$($(PYTHON) -c 'import sys; assert sys.version_info >= (3, 11); print("%d.%d" % sys.version_info[:2])') \
@@ -47,6 +51,8 @@ $(PYTHON) -c 'import pathlib, sysconfig as s; pathlib.Path(s.get_path("include")
 command -v g++ >/dev/null || missing="$$missing g++"; \
 $(PYTHON) -c 'import ctypes; ctypes.CDLL("libnuma.so.1")' 2>/dev/null || missing="$$missing libnuma1"; \
 command -v bwrap >/dev/null || missing="$$missing bubblewrap"; \
+command -v chromium >/dev/null || missing="$$missing chromium"; \
+command -v chromedriver >/dev/null || missing="$$missing chromium-driver"; \
 [ -z "$$missing" ] && exit 0; \
 echo "Installing Debian packages:$$missing"; \
 $(SUDO) apt-get update -qq; \

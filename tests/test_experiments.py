@@ -47,7 +47,34 @@ def test_a_dry_run_without_a_gpu_prints_placement_and_memory(
     assert f"{size} parameters in bfloat16 (sizes of model.shape)" in said
 
 
+def test_a_dry_run_says_what_an_oracle_costs() -> None:
+    config = composed("+experiment=gsm8k_bots", "scheduler=surveyed", "steps=101", "dry_run=true")
+    said = describe(config)
+    assert "21 surveys of the whole pool beside all that, 8 completions a task each" in said
+    assert "168,000 completions for 1,000 tasks" in said
+
+
 def test_one_gpu_is_shared_by_engine_and_learner() -> None:
     config = composed("+experiment=gsm8k_bots", "dry_run=true")
     validate(config)
-    assert "  node 0: engine 0 + rank 0" in describe(config)
+    said = describe(config)
+    assert "  node 0: [0] engine 0 + rank 0\n" in said
+    assert "by ipc" in said
+
+
+def test_engines_of_two_gpus_are_placed_whole_and_halve_what_each_holds() -> None:
+    config = composed(
+        "+experiment=math_bots",
+        "+generation=april",
+        "model=qwen2.5_7b",
+        "+scale=gpus_64",
+        "rollout.engines=16",
+        "rollout.tensor_parallel=2",
+        "dry_run=true",
+    )
+    validate(config)
+    said = describe(config)
+    assert "64 GPUs (disaggregated)" in said
+    assert "  node 3: [0-1] engine 12 | [2-3] engine 13 | [4-5] engine 14 | [6-7] eng" in said
+    assert "  node 4: [0] rank 0 | [1] rank 1 |" in said
+    assert "each of an engine's 2 GPUs: 7.09 GiB weights" in said

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import base64
+import gzip
+import hashlib
 import json
 import re
 import subprocess
@@ -13,9 +16,8 @@ from typing import Any
 import numpy as np
 import pytest
 
-from rft import report
 from rft.errors import RftError
-from rft.report import write_report
+from rft.report import main, write_report
 from rft.tracking.curves import smooth
 from rft.tracking.files import RunFiles
 
@@ -58,20 +60,38 @@ def make_run(folder: Path, steps: int, evaluations: tuple[int, ...] = (), text: 
 
 
 class Page(HTMLParser):
-    """What a browser would see: the tags with their attributes, and the text."""
+    """What a browser would see: the tags with their attributes, the text, and the scripts."""
 
     def __init__(self, html: str) -> None:
         super().__init__()
         self.tags: list[tuple[str, dict[str, str | None]]] = []
         self.text = ""
+        self.scripts: list[str] = []
         self.feed(html)
 
     def handle_starttag(self, tag: str, attrs: list[tuple[str, str | None]]) -> None:
         self.tags.append((tag, dict(attrs)))
+        if tag == "script":
+            self.scripts.append("")
 
     def handle_data(self, data: str) -> None:
-        if self.cdata_elem is None:  # not inside <style>
+        if self.cdata_elem == "script":
+            self.scripts[-1] += data
+        elif self.cdata_elem is None:  # not inside <style>
             self.text += data
+
+    @property
+    def rollouts(self) -> dict[str, Any]:
+        """The columns of the rollouts that are inside the page."""
+        columns: dict[str, Any] = json.loads(gzip.decompress(base64.b64decode(self.scripts[0])))
+        return columns
+
+    @property
+    def policy(self) -> str:
+        """What may be loaded and run."""
+        found = next(a["content"] for t, a in self.tags if t == "meta" and "http-equiv" in a)
+        assert found is not None
+        return found
 
 
 def page_of(folder: Path) -> Page:
@@ -86,22 +106,31 @@ def test_a_whole_run(tmp_path: Path) -> None:
     page = page_of(folder)
     text = " ".join(page.text.split())
     assert re.search(r"20\.0% ±3\.0 → 40\.0% ±3\.0 \+20\.0 points from step 0 to step 20", text)
-    for part in ("2,000", "1m20s", "/models/tiny", "75.0%", "seed: 7", "step 11"):
+    for part in ("2,000", "1m20s", "/models/tiny", "75.0%", "seed: 7", "All 600 rollouts are here"):
         assert part in text
-    assert text.count("correct") == 60, "twenty rollouts of the first, middle and last step"
+    assert page.rollouts["step"] == [step for step in range(1, 21) for _ in range(30)]
+    assert set(page.rollouts["text"]) == {"ba"}
 
 
 def test_the_page_needs_nothing_from_outside(tmp_path: Path) -> None:
     page = page_of(make_run(tmp_path, 3, (0, 3)))
     for tag, attributes in page.tags:
-        assert tag not in ("script", "link", "iframe", "base")
+        assert tag not in ("link", "iframe", "base", "object", "embed")
         for name in ("src", "srcset", "href"):
             assert (attributes.get(name) or "data:").startswith("data:image/png;base64,") or (
                 name not in attributes
             )
-    policy = next(a["content"] for t, a in page.tags if t == "meta" and "http-equiv" in a)
-    assert policy is not None
-    assert "default-src 'none'" in policy
+    assert "default-src 'none'" in page.policy
+    assert "connect-src" not in page.policy
+
+
+def test_no_script_may_run_but_the_page_s_own(tmp_path: Path) -> None:
+    page = page_of(make_run(tmp_path, 3))
+    kinds = [attributes.get("type") for tag, attributes in page.tags if tag == "script"]
+    assert kinds == ["application/octet-stream", None]
+    digest = base64.b64encode(hashlib.sha256(page.scripts[1].encode()).digest()).decode()
+    assert f"script-src 'sha256-{digest}';" in page.policy
+    assert not re.search("innerHTML|outerHTML|insertAdjacent|document.write|eval", page.scripts[1])
 
 
 def test_model_text_is_escaped_everywhere(tmp_path: Path) -> None:
@@ -117,15 +146,12 @@ def test_model_text_is_escaped_everywhere(tmp_path: Path) -> None:
     files.evaluation({"step": 0, "set": ATTACK, "k": 1, "accuracy": 0.5, "ci95": None})
     (folder / "config.yaml").write_text(json.dumps({"model": {"path": ATTACK}}))
     page = page_of(folder)
-    assert not [tag for tag, _ in page.tags if tag == "script"]
+    assert len(page.scripts) == 2
     assert not [a for _, a in page.tags if any(name.startswith("on") for name in a)]
     assert all("http" not in (a.get("src") or "") for _, a in page.tags)
     assert ATTACK in page.text
-
-
-def test_long_text_is_cut_and_says_so(tmp_path: Path) -> None:
-    page = page_of(make_run(tmp_path, 1, text="x" * (report.LONGEST + 17)))
-    assert "[17 more characters]" in page.text
+    assert page.rollouts["text"] == [ATTACK, "\ud800"]
+    assert page.rollouts["prompts"] == [ATTACK, f"user: {ATTACK}"]
 
 
 @pytest.mark.parametrize(("steps", "evaluations"), [(1, ()), (1, (0,)), (30, ()), (0, (0,))])
@@ -147,7 +173,7 @@ def test_a_folder_without_a_run_is_an_error(
 ) -> None:
     with pytest.raises(RftError, match="holds no run"):
         write_report(tmp_path)
-    assert report.main([str(tmp_path)]) == 2
+    assert main([str(tmp_path)]) == 2
     assert "holds no run" in capsys.readouterr().err
     assert list(tmp_path.iterdir()) == []
 
@@ -162,6 +188,15 @@ def test_the_command(tmp_path: Path) -> None:
         check=True,
     )
     assert done.stdout.split() == [str(tmp_path / "curves.png"), str(tmp_path / "report.html")]
+
+
+@pytest.mark.parametrize("flag", [("--out", "x"), ("--set", "test"), ("--baseline", "uniform")])
+def test_one_run_is_not_compared(
+    flag: tuple[str, str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    make_run(tmp_path, 2)
+    assert main([str(tmp_path), *flag]) == 2
+    assert f"{tmp_path} is one run" in capsys.readouterr().err
 
 
 def test_smoothing_keeps_a_constant_at_both_ends_and_skips_nan() -> None:

@@ -9,7 +9,6 @@ import subprocess
 import sys
 import threading
 import time
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -17,12 +16,14 @@ import numpy as np
 import psutil
 import pytest
 from rich.console import Console
+from running import until
 
 from rft.config.schema import TrackingConfig
 from rft.errors import RftError
 from rft.tracking import external
 from rft.tracking.background import Background, Sink
 from rft.tracking.console import PlainConsole, RichConsole
+from rft.tracking.environment import write_environment
 from rft.tracking.files import RunFiles, read_jsonl, rollout_files, rollout_step, rollouts_path
 from rft.tracking.tracker import Tracker
 
@@ -61,13 +62,6 @@ def alive(process: psutil.Process) -> bool:
         return bool(process.status() != psutil.STATUS_ZOMBIE)
     except psutil.NoSuchProcess:
         return False
-
-
-def wait_for(condition: Callable[[], bool], seconds: float = 10) -> None:
-    deadline = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < deadline, "the condition did not come true in time"
-        time.sleep(0.01)
 
 
 # --- files ---------------------------------------------------------------------------------------
@@ -210,7 +204,7 @@ def test_a_sink_that_raises_is_turned_off_with_one_message() -> None:
     background = Background("bad", Raises, said.append)
     for step in range(5):
         background.send(lambda sink, step=step: sink.step(step, {}))  # type: ignore[misc]
-    wait_for(lambda: bool(said))
+    until(lambda: bool(said))
     background.send(lambda sink: sink.step(9, {}))
     deadline = time.monotonic() + 1
     background.finish(deadline)
@@ -303,6 +297,20 @@ def test_tensorboard_reads_what_was_written(tmp_path: Path) -> None:
     assert events.Tags()["scalars"] == ["reward/mean", "accuracy/test"]
 
 
+def test_a_run_says_what_each_of_its_starts_was_on(tmp_path: Path) -> None:
+    path = tmp_path / "environment.json"
+    for device in ("cpu", "cpu", "NVIDIA H200", "NVIDIA H200"):
+        write_environment(tmp_path, "", device)
+    found = json.loads(path.read_text())
+    assert found["device"] == "NVIDIA H200"
+    assert found["processor"]
+    assert found["packages"]["torch"]
+    assert [start["device"] for start in found["earlier"]] == ["cpu"]
+    path.write_text("{torn")
+    write_environment(tmp_path, "")
+    assert json.loads(path.read_text())["earlier"] == []
+
+
 def test_wandb_offline_stays_in_the_folder_and_leaves_no_process(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -313,7 +321,7 @@ def test_wandb_offline_stays_in_the_folder_and_leaves_no_process(
     tracked = tracker(tmp_path, console="plain", wandb=True)
     tracked.step(1, {**METRICS, "policy/kl": math.nan})
     tracked.evaluation(evaluation(1))
-    wait_for(lambda: bool(list(tmp_path.glob("wandb/offline-run-*"))), 60)
+    until(lambda: bool(list(tmp_path.glob("wandb/offline-run-*"))), 60)
     started = set(psutil.Process().children(recursive=True)) - before
     tracked.close()
     assert started
@@ -337,11 +345,11 @@ def test_a_hung_wandb_is_killed_with_all_its_processes(
     def started() -> set[psutil.Process]:
         return set(psutil.Process().children(recursive=True)) - before
 
-    wait_for(lambda: any(process.name() == "sleep" for process in started()))
+    until(lambda: any(process.name() == "sleep" for process in started()))
     processes = started()
     assert len(processes) == 2
     sink.kill()
-    wait_for(lambda: not any(map(alive, processes)), 2)
+    until(lambda: not any(map(alive, processes)), 2)
 
 
 def test_a_wandb_that_cannot_start_says_why(

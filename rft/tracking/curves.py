@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+from typing import Any
 
 import numpy as np
 from matplotlib import rc_context
@@ -10,6 +11,7 @@ from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.ticker import MaxNLocator
 
+from rft.errors import RftError
 from rft.scheduler.telemetry import calibration
 from rft.tracking.display import PHASES
 from rft.tracking.run import Array, Run
@@ -17,12 +19,15 @@ from rft.tracking.run import Array, Run
 COLOURS = ("#3b76d6", "#e0823d", "#2f9e6e", "#b65fcf", "#d25a5a", "#4bb3c4", "#8a8f98", "#c2a13a")
 THEMES = {"light": ("#3a4250", "#e3e7ec"), "dark": ("#b4bdca", "#2e3641")}  # text, lines
 BINS = 80
+DIFFICULTIES = ("0", "to ¼", "to ½", "to ¾", "below 1", "1")
+"""Of tasks, by observed pass rate."""
+THIRDS = ("first third", "second", "last")
 
 
-def draw(run: Run, panels: list[str], theme: str, columns: int = 1) -> bytes:
-    """Draw the named panels of `PANELS` side by side; a single one gets no title."""
+def style(theme: str) -> dict[str, Any]:
+    """matplotlib's settings of a theme."""
     text, lines = THEMES[theme]
-    style = {
+    return {
         "font.size": 9,
         "font.family": "DejaVu Sans",
         "axes.spines.top": False,
@@ -43,11 +48,17 @@ def draw(run: Run, panels: list[str], theme: str, columns: int = 1) -> bytes:
         "legend.fontsize": 8,
         "lines.linewidth": 1.7,
     }
+
+
+def draw(run: Run, panels: list[str], theme: str, columns: int = 1) -> bytes:
+    """Draw the named panels of `PANELS` side by side; a single one gets no title."""
     rows = -(-len(panels) // columns)
-    with rc_context(style):
+    with rc_context(style(theme)):
         figure = Figure(figsize=(4.4 * columns, 2.8 * rows), layout="constrained")
         grid = figure.subplots(rows, columns, squeeze=False)
-        for axes, name in zip(grid.flat, panels, strict=True):
+        for spare in grid.flat[len(panels) :]:
+            spare.set_axis_off()
+        for axes, name in zip(grid.flat, panels, strict=False):
             if len(panels) > 1:
                 axes.set_title(name)
             PANELS[name](axes, run)
@@ -141,9 +152,7 @@ def _beliefs(axes: Axes, run: Run) -> None:
         return
     axes.plot([0, 1], [0, 1], color=COLOURS[6], linewidth=1, linestyle=":")
     edges = np.linspace(0, steps.max(), 4)
-    for low, high, colour, label in zip(
-        edges, edges[1:], COLOURS, ("first third", "second", "last"), strict=False
-    ):
+    for low, high, colour, label in zip(edges, edges[1:], COLOURS, THIRDS, strict=False):
         part = (steps > low) & (steps <= high)
         table = calibration(believed[part], observed[part])
         count, x, y = np.array([row for row in table if row[0]]).reshape(-1, 3).T
@@ -159,6 +168,45 @@ def _gradient(axes: Axes, run: Run) -> None:
     axes.set_ylim(bottom=0)
 
 
+def by_difficulty(groups: Array) -> Array:
+    """Share of rollouts in each of `DIFFICULTIES`, of `Run.groups` [G, 3]; all 0 without any."""
+    _, rollouts, rate = groups.T
+    # Nothing, four quarters without the ends, everything.
+    kind = np.where(rate >= 1.0, 5, np.ceil(4 * rate.clip(0, 1))).astype(int)
+    counts = np.bincount(kind, rollouts, minlength=len(DIFFICULTIES))
+    return counts / max(1.0, counts.sum())
+
+
+def _difficulty(axes: Axes, run: Run) -> None:
+    """Rollouts by their task's observed pass rate, for three parts of the run."""
+    groups = run.groups
+    if not len(groups):
+        return
+    middle = np.arange(len(DIFFICULTIES))
+    edges = np.linspace(0, groups[:, 0].max(), 4)
+    for i, label in enumerate(THIRDS):
+        part = (groups[:, 0] > edges[i]) & (groups[:, 0] <= edges[i + 1])
+        axes.bar(middle + 0.27 * (i - 1), by_difficulty(groups[part]), 0.27, label=label,
+                 color=COLOURS[i])  # fmt: skip
+    axes.set_xticks(middle, DIFFICULTIES)
+    axes.grid(visible=False, axis="x")
+    axes.set(xlabel="observed pass rate of the task", ylabel="share of rollouts")
+    axes.legend(loc="best")
+
+
+def _lengths(axes: Axes, run: Run) -> None:
+    try:
+        lengths = run.lengths
+    except RftError:
+        return  # a damaged file, which the report's page names
+    if len(lengths):
+        width = max(1.0, np.ceil(np.ptp(lengths) / BINS))  # whole tokens, or bars would beat
+        edges = np.arange(lengths.min(), lengths.max() + 2 * width, width) - 0.5
+        counts, _ = np.histogram(lengths, edges)
+        axes.stairs(counts / len(lengths), edges, fill=True, color=COLOURS[5])
+        axes.set(xlabel="tokens of a response", ylabel="share of rollouts")
+
+
 PANELS = {
     "Accuracy": _accuracy,
     "Mean reward": _reward,
@@ -168,6 +216,8 @@ PANELS = {
     "Where the time goes": _phases,
     "Engine-learner mismatch": _mismatch,
     "Gradient norm": _gradient,
+    "Rollouts by difficulty": _difficulty,
+    "Response lengths": _lengths,
 }
 
 

@@ -14,6 +14,7 @@ import gzip
 import json
 import math
 import os
+import zlib
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -53,7 +54,7 @@ class RunFiles:
         with (
             partial.open("wb") as raw,
             # No file name and no time in gzip's header: they would differ between equal runs.
-            gzip.GzipFile(filename="", mode="wb", compresslevel=6, fileobj=raw, mtime=0) as file,
+            gzip.GzipFile(filename="", mode="wb", compresslevel=4, fileobj=raw, mtime=0) as file,
         ):
             file.writelines(json_line(row) for row in rows)
         partial.replace(path)
@@ -125,6 +126,37 @@ def rollout_step(path: Path) -> int:
     return int(path.name.removeprefix("step_").removesuffix(".jsonl.gz"))
 
 
+def first_lines(path: Path, most: int) -> tuple[list[bytes], bool]:
+    """The lines in about the first `most` compressed bytes of a file of rollouts, at least one, and
+    whether that is all: those of large models are gigabytes. Raises `RftError` for a damaged file.
+    """
+    lines = []
+    try:
+        with path.open("rb") as raw, gzip.GzipFile(fileobj=raw) as file:
+            for line in file:
+                lines.append(line)
+                if raw.tell() > most and file.peek(1):
+                    return lines, False
+    except (OSError, EOFError, zlib.error) as error:
+        raise _altered(path, error) from error
+    return lines, True
+
+
+def rollout_row(line: bytes, path: Path) -> dict[str, Any]:
+    """A line of a file of rollouts; raises `RftError` for one that no run writes."""
+    try:
+        row = json.loads(line)
+    except ValueError as error:
+        raise _altered(path, error) from error
+    if not isinstance(row, dict) or not isinstance(row.get("text"), str):
+        raise _altered(path, "a line is not a rollout")
+    return row
+
+
+def _altered(path: Path, why: object) -> RftError:
+    return RftError(f"{path} is not what a run wrote ({why}); remove or restore it")
+
+
 def json_line(row: dict[str, Any]) -> bytes:
     """One row as a JSON line."""
     text = json.dumps(_plain(row), ensure_ascii=False, allow_nan=False)
@@ -138,7 +170,11 @@ def _plain(value: Any) -> Any:
         return {key: _plain(item) for key, item in value.items()}
     if isinstance(value, list | tuple):
         return [_plain(item) for item in value]
-    if isinstance(value, np.ndarray | np.generic):
+    if isinstance(value, np.ndarray):
+        if value.dtype.kind == "f" and not np.isfinite(value).all():
+            return _plain(value.tolist())
+        return value.tolist()
+    if isinstance(value, np.generic):
         return _plain(value.tolist())
     if isinstance(value, float) and not math.isfinite(value):
         return None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -11,9 +12,13 @@ import numpy.typing as npt
 
 from rft.errors import RftError
 from rft.scheduler import journal
-from rft.tracking.files import EVALS, METRICS, read_jsonl
+from rft.tracking.files import EVALS, METRICS, first_lines, read_jsonl, rollout_files, rollout_row
 
 Array = npt.NDArray[np.float64]
+SAMPLED = 24
+"""Steps of a run whose rollouts are measured, evenly spread."""
+READ = 4 * 2**20
+"""Bytes of compressed rollouts that are read of a run: those of a large one are many gigabytes."""
 
 
 @dataclass(frozen=True)
@@ -48,6 +53,23 @@ class Run:
     def total(self, name: str) -> float:
         """A metric summed over the steps, missing ones as 0."""
         return float(np.nansum(self.series(name)))
+
+    @cached_property
+    def groups(self) -> Array:
+        """Step, rollouts and observed pass rate [G, 3] of every task that was trained on."""
+        found = journal.groups(self.folder / "scheduler" / journal.JOURNAL)
+        return np.array(found, dtype=float).reshape(-1, 3)
+
+    @cached_property
+    def lengths(self) -> Array:
+        """Tokens of rollouts [N], of `SAMPLED` steps; where `READ` does not suffice for these, of
+        the first rollouts of each. Raises `RftError` for a file that is damaged."""
+        files = rollout_files(self.folder)
+        chosen = np.unique(np.linspace(0, len(files) - 1, min(SAMPLED, len(files))).round())
+        most = READ // max(1, len(chosen))
+        read = [(files[int(i)], first_lines(files[int(i)], most)[0]) for i in chosen]
+        rows = (rollout_row(line, path) for path, lines in read for line in lines)
+        return np.array([row["tokens"] for row in rows if "tokens" in row], dtype=float)
 
 
 def read_run(folder: Path) -> Run:
