@@ -45,11 +45,12 @@ class Checkpoints:
         """Where the checkpoint of `step` is or will be."""
         return self._folder / f"step_{step}"
 
-    def write(self, step: int, fill: Callable[[Path], None], state: dict[str, Any]) -> Path:
-        """Let `fill` write into a fresh folder, seal it and make it the checkpoint of `step`."""
+    def write(self, step: int, fill: Callable[[Path], dict[str, Any]]) -> Path:
+        """Let `fill` write into a fresh folder and return the state; seal it and make it the
+        checkpoint of `step`."""
         temporary = self._folder / f".tmp_step_{step}"
         temporary.mkdir()
-        fill(temporary)
+        state = fill(temporary)
         (temporary / STATE).write_text(json.dumps(state, indent=1), "utf-8")
         files = sorted(p for p in temporary.rglob("*") if p.is_file())
         manifest = {str(p.relative_to(temporary)): _sha256(p) for p in files}

@@ -200,12 +200,13 @@ class Collector:
     # ---- surviving
 
     def state(self) -> State:
-        """All plans under way and every token of them. Generation is interrupted for it, and goes
-        on from the tokens as it would after a restart."""
+        """All plans under way and every token of them, and which tasks are left out. Generation is
+        interrupted for it, and goes on from the tokens as it would after a restart."""
         stopped = self._sampler.interrupt()
         state: State = {
             "next": self._next,
             "complete": [list(key) for key in self._complete],
+            "quarantined": [list(item) for item in self._sampler.engines.quarantined.items()],
             "plans": {str(step): plan.state() for step, plan in self._plans.items()},
             "requests": {
                 str(i): request_state(r) | {"plan": self._plan_of[r.id]}
@@ -219,6 +220,7 @@ class Collector:
         """Go on from `state`."""
         self._next = state["next"]
         self._complete = [(step, task) for step, task in state["complete"]]
+        self._sampler.engines.quarantined.update(dict(state["quarantined"]))
         plans = sorted(state.get("plans", {}).items(), key=lambda item: int(item[0]))
         self._plans = {int(step): UnderWay.of(saved) for step, saved in plans}
         saved = [s for _, s in sorted(state.get("requests", {}).items(), key=lambda i: int(i[0]))]

@@ -11,6 +11,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -118,10 +119,13 @@ class Run:
     stop: Stop = field(default_factory=Stop)
 
 
-def train(run: Run) -> None:
-    """Train from `run.progress` to the last step, or until a signal."""
+def train(run: Run, under_way: dict[str, Any] | None = None) -> None:
+    """Train from `run.progress` to the last step, or until a signal. `under_way` is the collector's
+    state, of a run that is resumed."""
     config, progress = run.config, run.progress
     sync(run)
+    if under_way is not None:  # not before: engines begin with what they are given at once
+        run.collector.load(under_way)
     clock = Clock()
     if progress.step == 0:
         evaluate(run, clock)
@@ -255,8 +259,7 @@ def sync(run: Run) -> dict[str, float]:
     """Bring every engine to the learner's weights, if there are new ones, and have it proven;
     metrics."""
     version, dtype = run.progress.version, run.config.model.dtype
-    if run.engines.version == version:
-        run.engines.wake()
+    if run.engines.version == version and run.engines.wake():
         return {}
     return prove(run.engines, run.learner, run.probe, version, dtype)
 
@@ -291,15 +294,18 @@ def checkpoint(run: Run) -> None:
     progress = run.progress
     if progress.evaluated is not None and progress.evaluated > progress.best_accuracy:
         progress.best_accuracy, progress.best_step = progress.evaluated, progress.step
-    snapshot, progress.journal = run.scheduler.snapshot()
 
-    def fill(folder: Path) -> None:
-        run.learner.save(folder)
+    def fill(folder: Path) -> dict[str, Any]:
+        run.learner.save(folder)  # meanwhile rounds may be drawn
+        # Of one moment: the scheduler must know of every round that is under way, and of no other.
+        under_way = run.collector.state()
+        snapshot, progress.journal = run.scheduler.snapshot()
         (folder / "scheduler").mkdir()
         shutil.copy(snapshot, folder / "scheduler")
         transforms = {name: transform.state() for name, transform in run.transforms.items()}
         save_state(folder / TRANSFORMS, transforms)
-        save_state(folder / UNDER_WAY, run.collector.state())
+        save_state(folder / UNDER_WAY, under_way)
+        return asdict(progress)
 
-    run.checkpoints.write(progress.step, fill, asdict(progress))
+    run.checkpoints.write(progress.step, fill)
     run.checkpoints.prune(progress.best_step)

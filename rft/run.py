@@ -130,8 +130,6 @@ def _train(
                 shapers,
                 knobs=controls.at,
             )
-            if found:
-                collector.load(load_state(found[0] / UNDER_WAY))
             if not parts.colocated and config.rollout.staleness:
                 parts.learner.meanwhile = collector.pump
             this = Run(
@@ -157,7 +155,7 @@ def _train(
                 stop=stop,
             )
             with stop.graceful():
-                train(this)
+                train(this, load_state(found[0] / UNDER_WAY) if found else None)
     finally:
         tracker.close()
     _report(config, folder)

@@ -19,6 +19,8 @@ from safetensors.numpy import save
 from rft.errors import RftError
 
 State = dict[str, Any]
+SCALARS = "/"
+"""The array of all that is none, as JSON in bytes. Nothing else begins with a slash."""
 
 
 def save_state(path: Path, state: State) -> None:
@@ -26,8 +28,9 @@ def save_state(path: Path, state: State) -> None:
     arrays: dict[str, np.ndarray] = {}
     scalars: dict[str, Any] = {}
     _flatten("", state, arrays, scalars)
-    payload = save(arrays, metadata={"scalars": json.dumps(scalars)})
-    write_atomic(path, payload)
+    # Not as metadata, which safetensors limits to 100 MB: texts under way may be more.
+    arrays[SCALARS] = np.frombuffer(json.dumps(scalars).encode(), dtype=np.uint8)
+    write_atomic(path, save(arrays))
 
 
 def load_state(path: Path) -> State:
@@ -36,8 +39,9 @@ def load_state(path: Path) -> State:
     try:
         with safe_open(path, framework="np") as file:
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
-                _insert(state, key, file.get_tensor(key))
-            for key, value in json.loads(file.metadata()["scalars"]).items():
+                if key != SCALARS:
+                    _insert(state, key, file.get_tensor(key))
+            for key, value in json.loads(file.get_tensor(SCALARS).tobytes()).items():
                 _insert(state, key, value)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:
         raise RftError(

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import hashlib
 import random
+import shutil
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
 from scheduling import BETA, CONSTANT, THOMPSON
 
+from rft import loop
+from rft.checkpoint import Checkpoints
 from rft.clock import Clock
 from rft.cluster.base import Done, InlineCluster, InlineHandle
 from rft.cluster.engines import Engines
@@ -26,7 +30,7 @@ from rft.sampling import Sampler
 from rft.scheduler.journal import JOURNAL, rewind_journal
 from rft.scheduler.parts import PoolView
 from rft.scheduler.scheduler import SNAPSHOT
-from rft.state import load_state, save_state
+from rft.state import load_state
 
 TASKS = 60
 LONGEST = 40
@@ -249,9 +253,9 @@ class ScriptedRun:
             {},
             knobs=lambda step: Knobs(step, 0.0, 0.0),
         )
+        self._sync()
         if state is not None:
             self.collector.load(state)
-        self._sync()
 
     def _spawn(self, number: int) -> Any:
         seed = self.random.randrange(1000)
@@ -282,21 +286,33 @@ class ScriptedRun:
         assert receipts == [Receipt(self.version, "checksum")] * self.config.rollout.engines
 
     def checkpoint(self) -> Callable[[], None]:
-        """Take one; what goes back to it, in a new process as it were."""
-        snapshot, journal = self.scheduler.snapshot()
-        kept = snapshot.read_bytes()
-        path = self.folder / "under_way.safetensors"
-        save_state(path, self.collector.state())
-        at = (self.done, self.version, list(self.batches))
+        """Take one as the loop does; what goes back to it, in a new process as it were."""
+        progress = loop.Progress(self.done, self.version)
+        checkpoints = Checkpoints(self.folder / "checkpoints", keep=1)
+        run = SimpleNamespace(
+            progress=progress,
+            scheduler=self.scheduler,
+            learner=SimpleNamespace(save=self._save),
+            collector=self.collector,
+            transforms={},
+            checkpoints=checkpoints,
+        )
+        loop.checkpoint(run)  # type: ignore[arg-type]
+        path, batches = checkpoints.path(self.done), list(self.batches)
 
         def go_back() -> None:
-            self.done, self.version, self.batches = at[0], at[1], list(at[2])
-            (self.folder / SNAPSHOT).write_bytes(kept)
-            rewind_journal(self.folder, journal)
-            assert (self.folder / JOURNAL).stat().st_size == journal
-            self.start(load_state(path))
+            self.done, self.version, self.batches = progress.step, progress.version, list(batches)
+            shutil.copy(path / "scheduler" / SNAPSHOT, self.folder)
+            rewind_journal(self.folder, progress.journal)
+            assert (self.folder / JOURNAL).stat().st_size == progress.journal
+            self.start(load_state(path / loop.UNDER_WAY))
 
         return go_back
+
+    def _save(self, folder: Path) -> None:
+        """The learner writes what is its, and generation goes on meanwhile."""
+        for _ in range(self.random.randrange(5)):
+            self.pump()
 
 
 def oldest(batch: Batch) -> Iterator[int]:

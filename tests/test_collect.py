@@ -19,12 +19,9 @@ from hypothesis.stateful import (
     rule,
     run_state_machine_as_test,
 )
-from scripted import LONGEST, MortalCluster, MortalHandle, ScriptedEngine, ScriptedRun, oldest
+from scripted import LONGEST, ScriptedRun, oldest
 
-from rft.cluster.base import Done
-from rft.cluster.engines import Engines
 from rft.config.schema import RolloutConfig
-from rft.records import Request, Sampling
 
 REFILL = {
     "_target_": "rft.scheduler.planners.refill.Refill",
@@ -198,68 +195,3 @@ def test_a_refill_starts_while_its_round_is_generated(tmp_path: Path, overlap: b
     for _ in range(4):
         run.step()
     assert (early > 0) == overlap
-
-
-def fleet(count: int) -> tuple[MortalCluster, Engines]:
-    """Engines that follow a script, without a run around them."""
-    cluster = MortalCluster()
-    engines = Engines(
-        cluster,
-        lambda i: cluster.start(f"engine {i}", ScriptedEngine(seed=i)),
-        count,
-        heartbeat=60.0,
-        deadline=60.0,
-        restarts=100,
-    )
-    return cluster, engines
-
-
-def asked(tasks: int) -> list[Request]:
-    how = Sampling(max_tokens=LONGEST)
-    return [Request(i, f"t{i}", (10 + i,), i, how) for i in range(tasks)]
-
-
-def test_an_engine_that_ends_before_its_trial_begins_condemns_nobody() -> None:
-    """All four requests were in two engines that ended, and then in one that is kept for suspects
-    but has not begun with them."""
-    cluster, engines = fleet(2)
-    engines.submit(asked(4))
-    engines._deaths.update({0: 1, 1: 1, 2: 1, 3: 1})
-    engines._members[0].alone = True
-    cluster.parts["engine 0"].dead = "it was killed"
-    found = dict(engines.poll(0.0))
-    while engines.outstanding():
-        found |= dict(engines.poll(0.0))
-    assert engines.quarantined == {}
-    assert sorted(found) == [0, 1, 2, 3]
-
-
-def test_what_an_engine_finished_before_it_died_over_an_interruption_is_not_asked_for_again() -> (
-    None
-):
-    cluster, engines = fleet(1)
-    engines.submit(asked(6))
-    engine = cluster.parts["engine 0"]
-    first = run_out(engine)
-
-    class Dying(MortalHandle):
-        def call(self, method: str, *args: Any) -> Any:
-            if method == "poll":
-                engine.dead = "it was killed"
-            return super().call(method, *args)
-
-    member = engines._members[0]
-    member.polling, member.handle = Done(first), Dying("engine 0", engine)
-    stopped, finished = engines.interrupt()
-    done = {number for number, _ in finished}
-    assert done == {number for number, _ in first}
-    assert done.isdisjoint(r.id for r in stopped)
-    assert done | {r.id for r in stopped} == set(range(6))
-
-
-def run_out(engine: ScriptedEngine) -> Any:
-    """What it finishes until some are done and some are not."""
-    found: list[Any] = []
-    while not found:
-        found += engine.step()
-    return found

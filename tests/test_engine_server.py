@@ -3,6 +3,7 @@ beyond imports."""
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import threading
 import time
@@ -14,6 +15,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from running import until
 from transformers import AutoModelForCausalLM
 
 from rft.errors import PartDied, RftError
@@ -269,6 +271,22 @@ def test_an_error_of_a_step_is_raised_by_all_that_follow(server: EngineServer) -
     server.submit(make(3))
     for call in every_call(server):
         with pytest.raises(PartDied, match="MemoryError: there is no more"):
+            call()
+
+
+def test_what_was_finished_before_an_error_is_handed_out_before_it(server: EngineServer) -> None:
+    (short,) = make(1, max_tokens=1)
+    server.submit([short])
+    until(lambda: not server._busy)
+    server.start("skip_layers", ())
+    until(lambda: bool(server._answers))
+    Gated.memory.clear()
+    server.submit([dataclasses.replace(short, id=99)])
+    until(lambda: server._fault is not None)
+    assert [id for id, _ in server.poll(PATIENCE, PATIENCE)] == [short.id]
+    assert server.wait(PATIENCE) == [("skip_layers", None)]
+    for call in every_call(server):
+        with pytest.raises(PartDied, match="MemoryError"):
             call()
 
 

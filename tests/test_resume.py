@@ -11,7 +11,7 @@ from typing import Any
 import numpy as np
 import pytest
 from kill_at import POINTS
-from running import ENV, assert_same_run, check, overrides, train
+from running import ENV, assert_same_run, check, lines, overrides, train
 from safetensors.numpy import load_file
 
 STEPS = (1, 2, 3, 3, 3, 4, 4, 4, 5, 6, 6, 8)  # when each point strikes; 4 and 8 evaluate
@@ -52,6 +52,34 @@ def test_killed_at_every_point_and_resumed_it_is_the_same_run(
     # A killed run cannot clean up after itself; the one that follows does.
     assert not [*Path(temporary).glob("rft-ray-*")]
     shutil.rmtree(temporary)
+
+
+@pytest.mark.timeout(300)
+def test_what_was_under_way_goes_on_within_the_bound(tiny_model: Path, tmp_path: Path) -> None:
+    """With the checkpoint's weights, not those that engines begin with; and refills, which are
+    drawn while a checkpoint is written, are known to the scheduler."""
+    arguments = overrides(
+        tiny_model,
+        tmp_path,
+        "ahead",
+        "cluster=ray",
+        "rollout.staleness=2",
+        "rollout.max_tokens=48",
+        "rollout.engine.max_sequences=8",  # slow enough for some to be under way always
+        "scheduler/planner=refill",
+        "evaluation.every=0",
+    )
+    done = train(*arguments, kill_at=("checkpoint_done", 6))
+    assert done.returncode == -signal.SIGKILL, (done.stdout, done.stderr)
+    check(train(*arguments))
+    assert [row["step"] for row in lines(tmp_path / "ahead" / "metrics.jsonl")] == [*range(1, 9)]
+    ages = []
+    for step in range(1, 9):
+        for row in rollouts(tmp_path / "ahead", step):
+            versions = row.get("versions", [row["version"]])
+            assert versions == sorted(versions)
+            ages.append(step - 1 - versions[0])
+    assert 0 < max(ages) <= 2
 
 
 @pytest.mark.timeout(300)

@@ -106,6 +106,14 @@ def test_a_missing_or_foreign_state_file_is_refused_by_name(tmp_path: Path) -> N
         load_state(tmp_path / "foreign")
 
 
+def test_more_text_than_a_header_takes_comes_back(tmp_path: Path) -> None:
+    """Responses under way: safetensors has headers of at most 100 MB."""
+    state = {"plans": {"7": {"text": "\u00e9" * (18 * 2**20)}}, "next": 8}  # six bytes each in JSON
+    save_state(tmp_path / "state", state)
+    assert (tmp_path / "state").stat().st_size > 100e6
+    assert load_state(tmp_path / "state") == state
+
+
 def test_a_state_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: Path) -> None:
     save_state(tmp_path / "state", {"step": 1})
     with pytest.raises(TypeError):
@@ -119,17 +127,21 @@ def test_a_state_file_is_replaced_whole_and_leaves_nothing_beside_it(tmp_path: P
 # ---- checkpoints
 
 
-def fill(folder: Path) -> None:
-    (folder / "policy").mkdir()
-    (folder / "policy" / "weights").write_bytes(bytes(range(256)) * 16)
-    (folder / "scheduler").mkdir()
-    (folder / "scheduler" / "snapshot").write_text("belief")
+def filling(step: int) -> Callable[[Path], dict[str, Any]]:
+    def fill(folder: Path) -> dict[str, Any]:
+        (folder / "policy").mkdir()
+        (folder / "policy" / "weights").write_bytes(bytes(range(256)) * 16)
+        (folder / "scheduler").mkdir()
+        (folder / "scheduler" / "snapshot").write_text("belief")
+        return {"step": step}
+
+    return fill
 
 
 def made(folder: Path, *steps: int, keep: int = 2) -> Checkpoints:
     checkpoints = Checkpoints(folder, keep)
     for step in steps:
-        checkpoints.write(step, fill, {"step": step})
+        checkpoints.write(step, filling(step))
     return checkpoints
 
 
@@ -203,12 +215,12 @@ def test_a_file_beside_the_checkpoints_is_none_of_them(tmp_path: Path) -> None:
 def test_killed_while_it_is_filled_it_leaves_the_one_before(tmp_path: Path) -> None:
     checkpoints = made(tmp_path, 2)
 
-    def killed(folder: Path) -> None:
+    def killed(folder: Path) -> dict[str, Any]:
         (folder / "policy").mkdir()
         raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
-        checkpoints.write(4, killed, {"step": 4})
+        checkpoints.write(4, killed)
     assert checkpoints.steps() == [2]
     assert newest(tmp_path) == (2, [])
     assert [p.name for p in tmp_path.iterdir()] == ["step_2"]  # the torn one was removed
@@ -216,7 +228,7 @@ def test_killed_while_it_is_filled_it_leaves_the_one_before(tmp_path: Path) -> N
 
 def test_a_step_written_again_replaces_the_older_one(tmp_path: Path) -> None:
     checkpoints = made(tmp_path, 4)
-    checkpoints.write(4, lambda folder: None, {"step": 4, "again": True})
+    checkpoints.write(4, lambda folder: {"step": 4, "again": True})
     assert find_fault(tmp_path / "step_4") is None
     assert not (tmp_path / "step_4" / "policy").exists()
 
@@ -225,7 +237,7 @@ def test_the_newest_and_the_best_are_kept(tmp_path: Path) -> None:
     checkpoints = made(tmp_path, 1, 2, 3, 4, 5, keep=2)
     checkpoints.prune(best=2)
     assert checkpoints.steps() == [2, 4, 5]
-    checkpoints.write(6, fill, {"step": 6})
+    checkpoints.write(6, filling(6))
     checkpoints.prune(best=6)
     assert checkpoints.steps() == [5, 6]
     checkpoints.prune(best=None)
@@ -241,7 +253,7 @@ def test_a_damaged_later_checkpoint_does_not_take_the_place_of_a_whole_one(
     alter(tmp_path / "step_9" / "policy" / "weights")
     checkpoints = Checkpoints(tmp_path, keep)
     assert checkpoints.newest(lambda said: None) == (tmp_path / "step_2", {"step": 2})
-    checkpoints.write(4, fill, {"step": 4})
+    checkpoints.write(4, filling(4))
     checkpoints.prune(best=None)
     step, _ = newest(tmp_path, keep)
     assert step == 4

@@ -12,8 +12,10 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from scripted import MortalCluster
 from transformers import AutoModelForCausalLM
 
+from rft.cluster.engines import Engines
 from rft.errors import RftError
 from rft.records import Request, Rollout, Sampling, Tokens
 from rft.rollout.engine import Segment
@@ -426,6 +428,35 @@ def test_weights_given_up_in_sleep_must_come_before_the_cache(
     assert sorted(found) == [0, 1, 2]
     assert {tuple(r.version[:2].tolist()) for r in found.values()} == {(0, 1)}
     assert_exact(models, list(found.values()))
+
+
+def test_weights_given_up_in_sleep_are_given_again_where_there_are_no_newer_ones(
+    engine: Engine, models: list[Any]
+) -> None:
+    """A step's gradient was not finite and its update skipped: the version is still the same."""
+    cluster = MortalCluster()
+    engines = Engines(
+        cluster,
+        lambda i: cluster.start(f"engine {i}", engine),
+        1,
+        heartbeat=60.0,
+        deadline=60.0,
+        restarts=0,
+    )
+    engines.load(weights(models, 1))
+    engines.submit([make(i) for i in range(3)])
+    engine.step()
+    engines.sleep()
+    assert not engines.wake()
+    engines.load(weights(models, 1))
+    assert engines.wake()
+    found: dict[int, Rollout] = {}
+    while engines.outstanding():
+        found |= dict(engines.poll(1.0))
+    assert {v for r in found.values() for v in r.version.tolist()} == {1}
+    assert_exact(models, list(found.values()))
+    with pytest.raises(RftError, match="has version 1 already"):
+        engines.load(weights(models, 1))
 
 
 def test_another_vllm_than_the_tested_is_refused(

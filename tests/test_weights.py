@@ -335,6 +335,22 @@ def test_weights_that_do_not_fit_in_memory_are_refused_before_any_is_taken() -> 
     assert shared_module.free_memory() > free // 2
 
 
+@pytest.mark.parametrize(("shmem", "left"), [(0, 900), (600, 300)])
+def test_files_in_a_container_s_page_cache_are_no_used_memory(
+    tmp_path: Path, shmem: int, left: int
+) -> None:
+    """Of a limit of 1000 MiB 850 are used, 750 of them for files, some of those shared memory."""
+    mib = 2**20
+    (tmp_path / "memory.max").write_text(f"{1000 * mib}\n")
+    (tmp_path / "memory.current").write_text(f"{850 * mib}\n")
+    (tmp_path / "memory.stat").write_text(
+        f"anon {100 * mib}\nfile {750 * mib}\nshmem {shmem * mib}\n"
+    )
+    assert shared_module.free_memory(tmp_path) == left * mib
+    (tmp_path / "memory.max").write_text("max\n")
+    assert shared_module.free_memory(tmp_path) > 2**30
+
+
 def test_a_buffer_gives_its_memory_back_once_another_is_read(buffer: SharedBuffer) -> None:
     made = SharedBuffer(Layout.of([("w", torch.empty(2**24))]))  # 64 MiB
     weights = made.write([("w", torch.zeros(2**24))], version=1)

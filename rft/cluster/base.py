@@ -13,8 +13,16 @@ from typing import Any, Protocol
 
 from rft.config.parts import build
 
+LISTENING_SECONDS = 1.0
 RAY_NOTE = ".ray"
 """In a run's folder while Ray runs: where Ray keeps its files, for the run after a kill -9."""
+
+
+def not_listened(since: float, now: float) -> float:
+    """Seconds that nobody who waits for a sign of life may hold against a worker: between two looks
+    at it `LISTENING_SECONDS` count at most. What it said while nobody looked may be on its way yet;
+    Ray begins to fetch from another node what is looked at, and no sooner."""
+    return max(0.0, now - since - LISTENING_SECONDS)
 
 
 class Handle(Protocol):

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rft.cluster.base import Cluster, Handle
+from rft.cluster.base import Cluster, Handle, not_listened
 from rft.errors import PartDied, RftError
 from rft.records import Receipt, Request
 from rft.rollout.engine import Finished
@@ -114,6 +114,8 @@ class Engines:
         """Of the weights that were loaded last."""
         self._skipped: tuple[int, ...] = ()
         self._asleep = False
+        self._looked = time.monotonic()
+        """When it was last seen what engines have said."""
         self.version: int | None = None
         """Of the weights that all engines were proven to have; None before the first."""
         self.restarted = 0
@@ -158,13 +160,16 @@ class Engines:
         """Rollouts that were finished, waiting at most `seconds` for one; engines that died are
         being replaced. Raises RftError where that is hopeless, and for an engine's own."""
         finished = Finished()
+        away = not_listened(self._looked, time.monotonic())
         for member in self._members:
+            member.asked += away
             self._ask(member)
         pending = [p for m in self._members for p in (*m.sent, m.polling, m.building) if p]
         ready = {id(p) for p in self._cluster.ready(pending, seconds)} if pending else set()
+        self._looked = time.monotonic()
         for member in self._members:
             try:
-                finished += self._hear(member, ready)
+                self._hear(member, ready, finished)
             except PartDied as error:
                 self._lost(member, str(error))
         self._place_the_waiting()
@@ -197,11 +202,14 @@ class Engines:
     def load(self, weights: Any) -> list[Receipt]:
         """Give every engine the weights, a pending value of the learner's or the thing itself;
         their receipts. Engines that sleep wake up for it."""
+        self._built()
+        self._await_new()
+        # Those before are overwritten by now; who is lost from here on comes up with none, and then
+        # with these.
+        self._weights = self._proof = None
         if self._asleep:
             self._all("wake", "weights")
-        self._built()
-        self.settle()  # who is lost from here on comes up with these weights
-        self._weights, self._proof = weights, None
+        self._weights = weights
         receipts: list[Receipt] = self._all("load_weights", weights)
         for member in self._members:
             member.behind = False
@@ -211,8 +219,13 @@ class Engines:
         return receipts
 
     def settle(self) -> None:
-        """Wait for engines that are coming up: the weights that they were given are about to be
-        overwritten."""
+        """Have every engine answer, and those that do not or are coming up replaced and brought to
+        where the others are: the weights that they are given for it are about to be overwritten,
+        and who takes part in sending the next must be there."""
+        self._all("busy")
+
+    def _await_new(self) -> None:
+        """Wait for engines that are coming up."""
         while new := [m for m in self._members if m.coming or m.building is not None]:
             try:
                 self._come_up(new[0])
@@ -239,12 +252,15 @@ class Engines:
         self._all("sleep")
         self._asleep = True
 
-    def wake(self) -> None:
-        """Take GPU memory back, where no weights came that did so."""
+    def wake(self) -> bool:
+        """Take GPU memory back, where no weights came that did so. False, and they stay asleep,
+        where engines gave up their weights, too (sleep_level=2), and must be given them again."""
         if self._asleep:
-            self._all("wake", "weights")
+            if not all(self._all("wake", "weights")):
+                return False
             self._all("wake", "cache")
             self._asleep = False
+        return True
 
     # ---- engines that fail
 
@@ -259,12 +275,11 @@ class Engines:
             member.polling = member.handle.call("poll", gather, POLL_SECONDS)
         member.asked = time.monotonic()
 
-    def _hear(self, member: _Member, ready: set[int]) -> Finished:
-        """What a member has said. Raises PartDied if it died or gives no sign of life."""
+    def _hear(self, member: _Member, ready: set[int], finished: Finished) -> None:
+        """Add to `finished` what a member has said. Raises PartDied if it died or gives no sign of
+        life."""
         now = time.monotonic()
-        for reference in [s for s in member.sent if id(s) in ready]:
-            member.sent.remove(reference)
-            self._cluster.value(reference, f"a call of {member.name}")
+        sent = [s for s in member.sent if id(s) in ready]
         if member.building is not None:
             if id(member.building) in ready:
                 self._cluster.value(member.building, f"the start of {member.name}")
@@ -274,13 +289,16 @@ class Engines:
         elif member.polling is not None and id(member.polling) in ready:
             said = self._cluster.value(member.polling, f"generation of {member.name}")
             member.polling = None
-            if not member.coming:
-                return self._known(member, said)
-            member.said |= _good(dict(said))
-            self._came_up(member)
+            if member.coming:
+                member.said |= _good(dict(said))
+                self._came_up(member)
+            else:
+                finished += self._known(member, said)
         elif member.polling is not None and now - member.asked > self._heartbeat:
             raise PartDied(self._no_sign(member))
-        return Finished()
+        for reference in sent:  # last: a call that failed must not cost what was finished before
+            member.sent.remove(reference)
+            self._cluster.value(reference, f"a call of {member.name}")
 
     def _came_up(self, member: _Member) -> dict[str, Any]:
         """If a new engine has answered all: it has what the others have, or RftError. What it
@@ -315,23 +333,29 @@ class Engines:
 
     def _lost(self, member: _Member, cause: str) -> None:
         """Replace a member and find other hands for its requests."""
-        member.deaths += 1
-        first = self._causes.setdefault(member.name, cause)
-        if member.deaths > self._restarts:
-            raise RftError(
-                f"{member.name} died {member.deaths} times in a row without a rollout in between; "
-                f"the first time: {first}"
-            )
+        if not self._convicts(member):  # else it is known why it died
+            member.deaths += 1
+            first = self._causes.setdefault(member.name, cause)
+            if member.deaths > self._restarts:
+                raise RftError(
+                    f"{member.name} died {member.deaths} times in a row without a rollout in "
+                    f"between; the first time: {first}"
+                )
         self.restarted += 1
         self.news.append(f"{member.name} died and is restarted: {cause}")
         orphans = list(member.requests.values())
         self._cluster.kill(member.handle)
         number = self._members.index(member)
         fresh = _Member(member.name, self._spawn(number), deaths=member.deaths)
-        fresh.alone = member.alone
         self._members[number] = fresh
         self._bring_up(fresh)
+        fresh.alone = member.alone and not fresh.behind
         self._judge(orphans, cause, member.trial)
+
+    def _convicts(self, member: _Member) -> bool:
+        """Whether an engine's death is the end of a trial: its suspect did it."""
+        of_trial = [r.id for r in member.requests.values() if r.task == member.trial]
+        return any(self._deaths[number] + 1 >= TRIES for number in of_trial)
 
     def _bring_up(self, member: _Member) -> None:
         """Have a new engine come to where the others are, without waiting."""
@@ -366,8 +390,9 @@ class Engines:
 
     def _place_the_waiting(self) -> None:
         """Give the requests that wait to engines that are there; suspects alone, one task each."""
-        if self._suspects and not any(m.alone for m in self._members):
-            self._members[0].alone = True
+        current = [m for m in self._members if not m.behind]
+        if self._suspects and current and not any(m.alone for m in self._members):
+            current[0].alone = True
         for member in self._members:
             if not member.alone or member.coming or member.building or member.requests:
                 continue
@@ -402,7 +427,7 @@ class Engines:
         """What every engine answers. One that dies over it is replaced and asked again. Raises the
         first RftError that is one of the answers, when all are there."""
         self._built()
-        self.settle()
+        self._await_new()
         for member in self._members:
             self._start(member, method, *args)
         answers = [self._answer(member, method, args) for member in [*self._members]]

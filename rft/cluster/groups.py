@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 import numpy.typing as npt
 
-from rft.cluster.base import Cluster, Handle
+from rft.cluster.base import Cluster, Handle, not_listened
 from rft.cluster.sync import Publishing
 from rft.errors import PartDied, RftError
 from rft.learner.messages import Facts, Learned, Result, Rows, Update
@@ -197,7 +197,7 @@ class Verifiers:
         self._submitted: list[Any] = []
         self._polling: Any = None
         self._outstanding = 0
-        self._heard = 0.0
+        self._heard = self._looked = 0.0
 
     def about(self) -> str:
         """What the verifier works with; raises RftError where it cannot be built or lacks
@@ -211,7 +211,7 @@ class Verifiers:
     def submit(self, keys: Sequence[int], items: Sequence[Item]) -> None:
         """Have `items`, which `keys` name, scored, without waiting."""
         if not self._outstanding:
-            self._heard = time.monotonic()
+            self._heard = self._looked = time.monotonic()
         self._outstanding += len(items)
         self._submitted.append(self._handle.call("submit", list(keys), list(items)))
 
@@ -222,7 +222,9 @@ class Verifiers:
         if self._polling is None:
             lasting = POLL_SECONDS if self._cluster.parcel_seconds else seconds
             self._polling = self._handle.call("poll", lasting)
+        self._heard += not_listened(self._looked, time.monotonic())
         ready = self._cluster.ready([*self._submitted, self._polling], seconds)
+        self._looked = time.monotonic()
         found: list[tuple[int, Score]] = []
         for reference in ready:
             value = self._cluster.value(reference, "scoring")

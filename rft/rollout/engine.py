@@ -114,6 +114,9 @@ class Engine:
         self._answers = Answers()
         self._version = 0
         self._loaded = False
+        self._whole = True
+        """Whether there are weights, all of one version: those that were lost in sleep, or in a
+        load that failed halfway, are not there until some are loaded."""
 
     # ---- what it promises
 
@@ -189,10 +192,11 @@ class Engine:
     def load_weights(self, weights: Weights) -> Receipt:
         """Replace the weights and forget all keys and values; what was under way goes on.
 
-        Raises RftError for weights that are damaged, unfit or not newer than those it has;
-        what was under way goes on then, too.
+        Raises RftError for weights that are damaged, unfit or not newer than those it has (the
+        same will do where it lost them); what was under way goes on then, too.
         """
-        if self._loaded and weights.version <= self._version:
+        lost = weights.version == self._version and not self._whole
+        if self._loaded and weights.version <= self._version and not lost:
             raise RftError(
                 f"the weights of version {weights.version} came to an engine that has version "
                 f"{self._version} already: an update was repeated, or came out of order"
@@ -226,13 +230,14 @@ class Engine:
         self._held = self.interrupt()
         self._sleep()
 
-    def wake(self, what: Literal["weights", "cache"]) -> None:
+    def wake(self, what: Literal["weights", "cache"]) -> bool:
         """Take memory again: for the weights, then, once they are loaded, for the cache. With the
-        cache it goes on."""
+        cache it goes on. Whether it has weights, or must be given some."""
         self._wake(what)
         if what == "cache":
             held, self._held = self._held, None
             self._resume(held or [])
+        return self._whole
 
     def close(self) -> None:
         """End what the engine started."""

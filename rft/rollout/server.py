@@ -23,8 +23,9 @@ class EngineServer:
 
     None of them computes: they wait for what the thread does, for as long as they are told and no
     longer, however long a step takes, or building the engine. An error of either is raised by every
-    later call: an `RftError` as it is, any other (out of memory, say) as `PartDied`, which is also
-    what a step or a call of more than `deadline` seconds gives.
+    later call, once what came before it was handed out: an `RftError` as it is, any other (out of
+    memory, say) as `PartDied`, which is also what a step or a call of more than `deadline` seconds
+    gives.
     """
 
     def __init__(self, engine: dict[str, Any], *, deadline: float = 600.0, **kwargs: Any) -> None:
@@ -52,6 +53,8 @@ class EngineServer:
             # A few more, so that messages are fewer.
             self._until(lambda: not self._busy, min(at_least, end - time.monotonic()))
             finished, self._finished = self._finished, Finished()
+            if not finished:
+                self._must_be_well()
             return finished
 
     def start(self, method: str, *args: Any) -> None:
@@ -63,6 +66,8 @@ class EngineServer:
         with self._changed:
             self._until(lambda: bool(self._answers), seconds)
             answers, self._answers = self._answers, Answers()
+            if not answers:
+                self._must_be_well()
             return answers
 
     def close(self) -> None:
@@ -80,10 +85,13 @@ class EngineServer:
             self._calls.put(call)
 
     def _until(self, there: Callable[[], bool], seconds: float) -> None:
-        """Wait until something is there, for at most `seconds`; raises what ended the thread."""
+        """Wait until something is there, or the thread has ended, for at most `seconds`."""
         self._changed.wait_for(
             lambda: there() or self._fault is not None, timeout=max(seconds, 0.0)
         )
+
+    def _must_be_well(self) -> None:
+        """Raise what ended the thread, or `PartDied` where it makes no progress."""
         if self._fault is not None:
             raise self._fault
         if self._busy and time.monotonic() - self._moved > self._deadline:

@@ -153,8 +153,6 @@ class TransformersEngine(Engine):
         self._batch: _Batch | None = None
         self._skipped: list[torch.nn.Module] = []
         self._layers_give_tuples = False
-        self._whole = True
-        """Whether all weights are of one version."""
 
     @torch.inference_mode()
     def logprobs(self, tokens: npt.NDArray[np.int32]) -> npt.NDArray[np.float32]:
@@ -179,7 +177,7 @@ class TransformersEngine(Engine):
         if not self._whole:
             raise RftError(
                 "a load of weights failed halfway, so the engine has a mixture of two versions; "
-                f"load a version above {self._version} first"
+                f"load version {self._version} or a later one first"
             )
         batch, new = self._batch, self._newcomers()
         parts: list[_Part] = []

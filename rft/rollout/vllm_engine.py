@@ -103,9 +103,6 @@ class VllmEngine(Engine):
         self._proven = False
         """Whether `logprobs` found the prefix cache empty after the latest change."""
         self._asleep: set[str] = set()
-        self._whole = True
-        """Whether there are weights: those lost in sleep, or in a load that failed halfway, are not
-        there until some are loaded."""
         super().__init__(
             self._llm.get_tokenizer(),
             max_length=max_length,
@@ -316,7 +313,7 @@ class VllmEngine(Engine):
         if not self._whole:
             raise RftError(
                 "the engine has no weights: it gave them up in sleep (sleep_level=2), or a load of "
-                f"them failed halfway; load a version above {self._version} first"
+                f"them failed halfway; load version {self._version} or a later one first"
             )
 
     def _forget(self) -> None:

@@ -173,15 +173,19 @@ def boot_id() -> str:
     return Path("/proc/sys/kernel/random/boot_id").read_text().strip()
 
 
-def free_memory() -> int:
-    """Bytes: what the machine has left, or the container where that is less."""
+def free_memory(group: Path = Path("/sys/fs/cgroup")) -> int:
+    """Bytes: what the machine has left, or the container, whose control group (v2) is `group`,
+    where that is less."""
     lines = Path("/proc/meminfo").read_text().splitlines()
     (kib,) = (line.split()[1] for line in lines if line.startswith("MemAvailable:"))
     free = int(kib) * 1024
-    group = Path("/sys/fs/cgroup")
-    with suppress(OSError, ValueError):  # no cgroup v2 here, or "max": no limit
+    with suppress(OSError, ValueError, KeyError):  # no cgroup v2 here, or "max": no limit
         limit = int((group / "memory.max").read_text())
-        free = min(free, max(0, limit - int((group / "memory.current").read_text())))
+        lines = (group / "memory.stat").read_text().splitlines()
+        stat = {name: int(value) for name, value in map(str.split, lines)}
+        # Of files in the page cache, all but shared memory makes room where it is asked to.
+        used = int((group / "memory.current").read_text()) - (stat["file"] - stat["shmem"])
+        free = min(free, max(0, limit - used))
     return free
 
 
