@@ -133,8 +133,11 @@ def test_the_sweep_of_an_experiment_file_needs_no_flag(tmp_path: Path) -> None:
     assert set(planned("hydra.sweep.subdir=${seed}-${steps}", "scheduler=bots")) == {
         *("0-120", "1-120")
     }
+    assert set(planned("hydra.launcher.gpus=64", "seed=1")) == {  # whatever this machine has
+        f"scheduler={arm},seed=1" for arm in ("bots", "uniform")
+    }
     assert not (tmp_path / "mine" / "scheduler=bots,seed=1").exists()
-    command = shlex.split(one["scheduler=bots,seed=1"].replace("dry_run=True", ""))
+    command = shlex.split(one["scheduler=bots,seed=1"])
     (tmp_path / "mine" / "scheduler=bots,seed=1").mkdir()
     check(subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60))
     assert (tmp_path / "mine" / "scheduler=bots,seed=1" / "done").exists()

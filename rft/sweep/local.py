@@ -27,12 +27,13 @@ class LocalRunner:
         check("parallel", parallel, 1)
         check("threads", threads, 0)
         check("gpus", gpus, 0)
-        self._parallel = parallel
+        self._parallel, self._gpus = parallel, gpus
         self._cores = shares(sorted(os.sched_getaffinity(0)), parallel, threads)
-        self._devices = devices(parallel, gpus)
 
     def run(self, runs: Sequence[Planned], folder: Path, stop: Stop) -> Iterator[Ended]:
-        """Make them; see `Runner`."""
+        """Make them; see `Runner`. Raises `RftError` where this machine has too few GPUs: here, and
+        not before, as a sweep may be listed on another machine."""
+        visible = devices(self._parallel, self._gpus)
         waiting, under_way = deque(runs), dict[int, tuple[Planned, Child]]()
         heard = 0
         try:
@@ -45,7 +46,7 @@ class LocalRunner:
                     heard = stop.times
                 for slot in range(self._parallel):
                     if waiting and slot not in under_way:
-                        under_way[slot] = self._start(waiting.popleft(), slot)
+                        under_way[slot] = self._start(waiting.popleft(), slot, visible[slot])
                 wait([child.exit for _, child in under_way.values()], LOOK_SECONDS)
                 for slot, (run, child) in [*under_way.items()]:
                     if (code := child.code) is not None:
@@ -55,9 +56,8 @@ class LocalRunner:
             for _, child in under_way.values():
                 child.kill()
 
-    def _start(self, run: Planned, slot: int) -> tuple[Planned, Child]:
-        environment = os.environ | self._devices[slot]
-        return run, Child(run.command, run.log, self._cores[slot], environment)
+    def _start(self, run: Planned, slot: int, visible: dict[str, str]) -> tuple[Planned, Child]:
+        return run, Child(run.command, run.log, self._cores[slot], os.environ | visible)
 
 
 def check(key: str, value: int, least: int) -> None:

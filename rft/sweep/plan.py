@@ -17,6 +17,8 @@ if TYPE_CHECKING:
 
     from rft.cli import Command
 
+SWEEP_S_OWN = ("name", "runs_dir", "dry_run")
+"""Keys that are the sweep's to give; the commands that a dry run lists are those of the runs."""
 LONGEST_NAME = 120
 """Characters; file systems take 255 bytes, and Ray's and the evaluations' folders lie below."""
 
@@ -71,7 +73,7 @@ def plan(
                 f"{' '.join(overrides)}; sweep no value twice, and let hydra.sweep.subdir, if you "
                 "set it, tell them apart"
             )
-        own = [o for o in overrides if o.lstrip("+").partition("=")[0] not in ("name", "runs_dir")]
+        own = [o for o in overrides if o.lstrip("+").partition("=")[0] not in SWEEP_S_OWN]
         own += ["hydra.mode=RUN", f"name={_quoted(name)}", f"runs_dir={_quoted(folder)}"]
         composed.name, composed.runs_dir = name, folder
         HydraConfig.instance().set_config(composed)  # for values that name a choice of its own
