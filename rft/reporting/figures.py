@@ -24,6 +24,9 @@ from rft.tracking.display import PHASES
 
 POINTS = 200
 """Points of a curve at most."""
+CUT = 1.5
+"""Where an axis of a clock ends, over what the median arm spent: one arm that spends many times as
+much must not make all others a smear."""
 SHADES = ("#9c3d3d", "#c9e3d5", "#8cc9ab", "#4fae82", "#23875a", "#8a8f98")
 """Of `DIFFICULTIES`: what teaches nothing stands out."""
 SHADE = LinearSegmentedColormap.from_list(
@@ -93,12 +96,17 @@ def _curves(figure: Figure, arms: Sequence[Arm], sets: Sequence[str]) -> None:
             tracks = [
                 [m.curves[name].on(clock) for m in arm.members if name in m.curves] for arm in arms
             ]
-            unit, label = _unit(clock, max((t.clock[-1] for of in tracks for t in of), default=1.0))
+            ends = [max(t.clock[-1] for t in of) for of in tracks if of] or [1.0]
+            shown = min(max(ends), CUT * float(np.median(ends)))
+            unit, label = _unit(clock, shown)
             for of, look in zip(tracks, _looks(), strict=False):
                 known = [track for track in of if np.isfinite(track.clock).all()]
                 if known:
                     x, values = _together(known)
                     _band(axes, x / unit, 100 * values, **look)
+            if shown < max(ends):
+                axes.set_xlim(-0.04 * shown / unit, shown / unit)
+                label += f" (the longest arm: {max(ends) / unit:,.0f})"
             axes.set_xlabel(label)
         row[0].set_ylabel(f"{_words(name)}: accuracy, %")
     _legend(figure, arms)
@@ -209,7 +217,7 @@ def _band(axes: Axes, x: Array, values: Array, **look: Any) -> None:
     """The mean of `values` [N, P] and its 95% interval."""
     axes.plot(x, values.mean(axis=0), **look)
     low, high = interval(values)
-    axes.fill_between(x, low, high, color=look["color"], alpha=0.14, linewidth=0)
+    axes.fill_between(x, low, high, color=look["color"], alpha=0.1, linewidth=0)
 
 
 def _looks() -> Iterator[dict[str, Any]]:
