@@ -9,7 +9,11 @@ import tempfile
 from pathlib import Path
 
 import pytest
+from hypothesis import settings
 
+# A busy machine may stall any example; what hangs has pytest's own limit.
+settings.register_profile("rft", deadline=None)
+settings.load_profile("rft")
 os.environ["HF_HUB_OFFLINE"] = "1"  # before transformers is imported
 os.environ["RFT_CACHE"] = tempfile.mkdtemp(prefix="rft-tests-")  # not the user's
 atexit.register(shutil.rmtree, os.environ["RFT_CACHE"], ignore_errors=True)

@@ -26,6 +26,8 @@ from rft.weights.shared import SharedWeights
 
 STAGES = (0, 1, 2, 3)
 LR = 1e-4
+PATIENCE = 600.0
+"""Seconds that ranks may take for anything: DeepSpeed compiles its collective at first use."""
 BUDGET = 4096
 ROWS = [(12, 1.0), (9, -0.7), (20, 0.4), (7, -1.1), (15, 0.9), (11, -0.2), (18, 0.5), (10, -0.8)]
 """Tokens and advantage of each sequence; a third of the tokens are the prompt."""
@@ -126,15 +128,15 @@ class Ranks:
             rank.process.submit(_make, i, len(self.ranks), settings)
             for i, rank in enumerate(self.ranks)
         ]
-        self.gather(made, what="construction", deadline=60)
+        self.gather(made, what="construction", deadline=PATIENCE)
         learner = Learner(
             self,  # type: ignore[arg-type]
             self.ranks,  # type: ignore[arg-type]
             layout=layout,
             token_budget=token_budget,
             sequence_parallel=settings.sequence_parallel,
-            publishing=Publishing(self, self.ranks, deadline=90),  # type: ignore[arg-type]
-            deadline=90,
+            publishing=Publishing(self, self.ranks, deadline=PATIENCE),  # type: ignore[arg-type]
+            deadline=PATIENCE,
         )
         learner.start(0, resume)
         self.running = learner
@@ -143,7 +145,7 @@ class Ranks:
     def inside(self, job: Job, *args: Any) -> list[Any]:
         """What `job(worker, ...)` returns in each rank's process."""
         pending = [rank.process.submit(_inside, job, args) for rank in self.ranks]
-        return self.gather(pending, what="a job", deadline=90)
+        return self.gather(pending, what="a job", deadline=PATIENCE)
 
     def end(self) -> None:
         """The ranks stay joined, which saves time; leaving and joining again has its own test."""

@@ -78,7 +78,7 @@ def train(
     if kill_at is not None:
         start = [sys.executable, str(HERE / "kill_at.py"), kill_at[0], str(kill_at[1])]
     return subprocess.run(
-        [*start, *arguments], env=ENV, capture_output=True, text=True, timeout=280
+        [*start, *arguments], env=ENV, capture_output=True, text=True, timeout=900
     )
 
 

@@ -20,7 +20,7 @@ def test_it_times_ours_trl_and_the_limit_and_prints_both_ratios(tmp_path: Path) 
         env=ENV,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     check(done)
     ratios = re.findall(

@@ -27,7 +27,7 @@ def test_it_times_one_and_the_same_step_and_the_memory_of_log_probs(tmp_path: Pa
         env=ENV,
         capture_output=True,
         text=True,
-        timeout=280,
+        timeout=900,
     )
     check(done)
     ratios = dict(re.findall(r"^(.+ / .+?) +(\d+\.\d+)$", done.stdout, re.M))

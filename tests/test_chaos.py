@@ -56,7 +56,7 @@ def test_a_run_is_complete_whatever_becomes_of_its_engines(
             [sys.executable, "-m", "rft.train", *keys], env=ENV, stdout=out, stderr=out, text=True
         )
         metrics = tmp_path / "chaos" / "metrics.jsonl"
-        struck, end = 0, time.monotonic() + 240
+        struck, end = 0, time.monotonic() + 600
         while run.poll() is None and struck < STRIKES:
             assert time.monotonic() < end, log.read_text()[-3000:]
             there = engines_of(run)
@@ -68,7 +68,7 @@ def test_a_run_is_complete_whatever_becomes_of_its_engines(
                     os.kill(process.pid, how)
                     struck += 1
             time.sleep(1.0)
-        assert run.wait(timeout=240) == 0, log.read_text()[-3000:]
+        assert run.wait(timeout=600) == 0, log.read_text()[-3000:]
     assert struck == STRIKES, "the run was over before it was struck"
     rows = lines(metrics)
     assert [row["step"] for row in rows] == [*range(1, steps + 1)]

@@ -224,7 +224,8 @@ def test_values_of_usual_classes_compare_as_ever(code: Code, value: str, expecte
 
 
 def test_a_long_list_is_compared_quickly(code: Code) -> None:
-    answer = {"functional": "assert f(10**6) == list(range(10**6))", "time_limit": 2}
+    """Each with each would take hours."""
+    answer = {"functional": "assert f(10**6) == list(range(10**6))", "time_limit": 60}
     assert score(code, answer, "def f(n):\n    return list(range(n))").reward == 1.0
 
 

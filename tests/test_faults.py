@@ -41,7 +41,12 @@ def start(cluster: Any, tiny_model: Path) -> Iterator[Callable[..., Engines]]:
     """Builds a fleet; its engines end with the test."""
     handles: list[Any] = []
 
-    def make(count: int = 2, target: str = "engines_for_tests.Failing", **keys: Any) -> Engines:
+    def make(
+        count: int = 2,
+        target: str = "engines_for_tests.Failing",
+        restarts: int = 3,
+        **keys: Any,
+    ) -> Engines:
         def spawn(number: int) -> Any:
             handle = cluster.spawn(
                 f"engine {number}",
@@ -54,7 +59,7 @@ def start(cluster: Any, tiny_model: Path) -> Iterator[Callable[..., Engines]]:
             handles.append(handle)
             return handle
 
-        return Engines(cluster, spawn, count, heartbeat=6.0, deadline=60.0, restarts=3)
+        return Engines(cluster, spawn, count, heartbeat=6.0, deadline=300.0, restarts=restarts)
 
     yield make
     for handle in [h for h in handles if h in cluster._handles]:
@@ -64,7 +69,7 @@ def start(cluster: Any, tiny_model: Path) -> Iterator[Callable[..., Engines]]:
 def requests(count: int = 48, tokens: int = 50) -> list[Request]:
     """`count` completions of tasks with six each; at temperature 3 few of them end early."""
     return [
-        Request(i, f"t{i // 6}", (1, 22 + i // 6), i, Sampling(3.0, tokens), i % 6)
+        Request(i, f"t{i // 6}", (1, 22 + i // 6 % 30), i, Sampling(3.0, tokens), i % 6)
         for i in range(count)
     ]
 
@@ -82,7 +87,7 @@ def pids(number: int) -> list[int]:
     return found
 
 
-def drain(engines: Engines, seconds: float = 90.0) -> dict[int, Rollout]:
+def drain(engines: Engines, seconds: float = 600.0) -> dict[int, Rollout]:
     """Everything that is under way, by request; a second one of the same request fails."""
     found: dict[int, Rollout] = {}
     end = time.monotonic() + seconds
@@ -95,7 +100,7 @@ def drain(engines: Engines, seconds: float = 90.0) -> dict[int, Rollout]:
 
 
 def until(
-    engines: Engines, enough: Callable[[], bool], seconds: float = 60.0
+    engines: Engines, enough: Callable[[], bool], seconds: float = 600.0
 ) -> dict[int, Rollout]:
     """Poll until something is so."""
     found: dict[int, Rollout] = {}
@@ -127,14 +132,15 @@ def test_an_engine_that_is_killed_or_stopped_loses_nothing(
 ) -> None:
     engines = start()
     prove(engines, tiny_model, version=7)
-    calm = requests()
+    calm = requests(480)  # far from done when one is struck, however long that takes
     engines.submit(calm)
     expected = drain(engines)
 
+    victims = pids(1)
     engines.submit(calm)
     assert len(engines.poll(0.0)) < len(calm)
     struck = time.monotonic()
-    for pid in pids(1):
+    for pid in victims:
         os.kill(pid, how)
     found = until(engines, lambda: engines.restarted > 0)
     assert time.monotonic() - struck < 10.0
@@ -177,9 +183,9 @@ def test_a_prompt_that_ends_engines_is_left_out_and_the_others_are_not(
 def test_an_engine_that_never_works_ends_the_run_with_its_first_cause(
     start: Callable[..., Engines],
 ) -> None:
-    engines = start(1, broken=True)
+    engines = start(1, restarts=1, broken=True)
     engines.submit([Request(i, f"t{i}", (1, 22), i, Sampling(1.0, 8)) for i in range(40)])
-    with pytest.raises(RftError, match=r"died 4 times in a row.*ValueError: this engine cannot"):
+    with pytest.raises(RftError, match=r"died 2 times in a row.*ValueError: this engine cannot"):
         drain(engines)
 
 
@@ -202,7 +208,7 @@ def test_random_kills_lose_and_double_nothing(
     """Six times: one of two engines is killed or stopped at a random moment, new requests come in
     meanwhile, and so do weights."""
     luck = random.Random(0)
-    engines = start()
+    engines = start(restarts=100)
     prove(engines, tiny_model, version=1)
     asked, found = 0, {}
     for round in range(6):
@@ -217,8 +223,10 @@ def test_random_kills_lose_and_double_nothing(
         )
         moment = time.monotonic() + luck.random() * 0.3
         found |= until(engines, lambda: time.monotonic() >= moment)  # noqa: B023
-        for pid in pids(luck.randrange(2)):
-            os.kill(pid, luck.choice([signal.SIGKILL, signal.SIGSTOP]))
+        victim, how = luck.randrange(2), luck.choice([signal.SIGKILL, signal.SIGSTOP])
+        # What was struck twice by accident has an engine for itself, and would be left out.
+        for pid in pids(victim) if not engines._members[victim].trial else []:
+            os.kill(pid, how)
         if round % 2:
             prove(engines, tiny_model, version=2 + round)
     found |= drain(engines)

@@ -40,7 +40,7 @@ def arguments(folder: Path, *more: str) -> list[str]:
 def sweep(folder: Path, *more: str) -> subprocess.CompletedProcess[str]:
     """Its whole course."""
     call = arguments(folder, *more)
-    return subprocess.run(call, env=ENV, capture_output=True, text=True, timeout=120)
+    return subprocess.run(call, env=ENV, capture_output=True, text=True, timeout=300)
 
 
 def states(done: subprocess.CompletedProcess[str] | str) -> dict[str, str]:
@@ -59,7 +59,7 @@ def began(folder: Path) -> dict[str, list[str]]:
 def alive(pid: int) -> bool:
     try:
         return Path(f"/proc/{pid}/stat").read_text().rpartition(")")[2].split()[0] != "Z"
-    except FileNotFoundError:
+    except (FileNotFoundError, ProcessLookupError):  # the second where it ends just then
         return False
 
 
@@ -120,7 +120,7 @@ def test_the_sweep_of_an_experiment_file_needs_no_flag(tmp_path: Path) -> None:
 
     def planned(*more: str) -> dict[str, str]:
         there = [*call, *more, "--config-dir", str(tmp_path)]
-        done = subprocess.run(there, env=ENV, capture_output=True, text=True, timeout=60)
+        done = subprocess.run(there, env=ENV, capture_output=True, text=True, timeout=300)
         check(done)
         lines = iter(done.stdout.splitlines())  # a run, and its command, in turn
         return {Path(a.split(": to run")[0]).name: b for a, b in zip(lines, lines, strict=True)}
@@ -139,7 +139,7 @@ def test_the_sweep_of_an_experiment_file_needs_no_flag(tmp_path: Path) -> None:
     assert not (tmp_path / "mine" / "scheduler=bots,seed=1").exists()
     command = shlex.split(one["scheduler=bots,seed=1"])
     (tmp_path / "mine" / "scheduler=bots,seed=1").mkdir()
-    check(subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60))
+    check(subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300))
     assert (tmp_path / "mine" / "scheduler=bots,seed=1" / "done").exists()
 
 
@@ -194,7 +194,7 @@ def test_a_run_that_fails_is_told_apart_and_the_others_go_on(tmp_path: Path) -> 
     }
     # The command is in the log, and does the same by itself.
     command = shlex.split(log.read_text().splitlines()[0].removeprefix("$ "))
-    by_hand = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=60)
+    by_hand = subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300)
     check(by_hand, 2)
     assert by_hand.stderr == "error: seed=100 cannot work; take another\n"
 
@@ -230,7 +230,7 @@ def test_a_signal_ends_all_runs_with_their_checkpoints(tmp_path: Path, number: i
     more = ["seed=102,0", "steps=5,6", "hydra.launcher.parallel=2"]
     process = start(tmp_path, *more)
     process.send_signal(number)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 128 + number, out
     assert states(out) == {
         "seed=102,steps=5": "stopped",
@@ -248,13 +248,13 @@ def test_a_run_that_heeds_no_signal_is_killed_with_its_processes_at_the_third(
     process = start(tmp_path, "seed=103", "steps=5,6", "hydra.launcher.parallel=2")
     until(lambda: len([*tmp_path.glob("s/*/stubborn")]) == 2)
     until(lambda: all(path.read_text() for path in tmp_path.glob("s/*/stubborn")))
-    while any(alive(pid) for pid in pids(tmp_path)):
+    for _ in range(3):
         process.send_signal(signal.SIGINT)
         time.sleep(1.0)  # two that come together may be one to a process
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 130, out
     children = [int(path.read_text()) for path in tmp_path.glob("s/*/stubborn")]
-    until(lambda: not any(alive(pid) for pid in [*pids(tmp_path), *children]), 5)
+    until(lambda: not any(alive(pid) for pid in [*pids(tmp_path), *children]))
 
 
 def test_signals_that_come_together_all_count(tmp_path: Path) -> None:
@@ -282,7 +282,7 @@ def test_a_signal_ends_the_batches_that_are_to_come_too(tmp_path: Path) -> None:
     process = subprocess.Popen(call, env=ENV, stdout=subprocess.PIPE, text=True)
     until(lambda: began(tmp_path).get("seed=102"))
     process.terminate()
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 143, out
     assert set(began(tmp_path)) == {"seed=102"}
 
@@ -300,7 +300,7 @@ def test_runs_that_are_made_elsewhere_are_not_held_to_this_machine(
     more = ["+scale=gpus_8", "seed=0,1", f"hydra/launcher={launcher}", f"runs_dir={tmp_path}"]
     call = [sys.executable, "-m", "rft.train", "-m", "+experiment=math_bots", *more]
     no_gpu = ENV | {"CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(call, env=no_gpu, capture_output=True, text=True, timeout=120)
+    done = subprocess.run(call, env=no_gpu, capture_output=True, text=True, timeout=300)
     check(done, 2)
     assert words in done.stderr
 
@@ -308,7 +308,7 @@ def test_runs_that_are_made_elsewhere_are_not_held_to_this_machine(
 def test_a_sweep_killed_at_once_leaves_no_run_behind(tmp_path: Path) -> None:
     process = start(tmp_path, "seed=102", "steps=5,6", "hydra.launcher.parallel=2")
     process.kill()
-    process.communicate(timeout=30)
+    process.communicate(timeout=300)
     until(lambda: not any(alive(pid) for pid in pids(tmp_path)), 5)
 
 
@@ -316,7 +316,7 @@ def test_one_run_that_is_stopped_is_no_failure_of_the_others(tmp_path: Path) -> 
     process = start(tmp_path, "seed=102,0", "hydra.launcher.parallel=2")
     (pid,) = (int(began(tmp_path)["seed=102"][0].split()[0]),)
     os.kill(pid, signal.SIGTERM)
-    out, _ = process.communicate(timeout=30)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 143
     assert states(out) == {"seed=102": "stopped", "seed=0": "finished"}
 
@@ -399,7 +399,7 @@ def test_ray_makes_the_runs_as_tasks(tmp_path: Path) -> None:
     assert "error: seed=100 cannot work" in states(done)["seed=100"]
     process = start(tmp_path / "again", "seed=102", "steps=5,6", *more)
     process.send_signal(signal.SIGTERM)
-    out, _ = process.communicate(timeout=60)
+    out, _ = process.communicate(timeout=300)
     assert process.returncode == 143, out
     assert set(states(out).values()) == {"stopped"}
     assert len([*tmp_path.glob("again/s/*/checkpoint")]) == 2

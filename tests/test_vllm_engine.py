@@ -61,7 +61,9 @@ def served(chat_model: Path, models: list[Any]) -> tuple[list[Rollout], np.ndarr
         max_length=LENGTH,
     )
     server.submit([make(i, max_tokens=60) for i in range(3 * ROWS)])
-    found = server.poll(at_least=0.0, at_most=60.0)
+    found: list[tuple[int, Rollout]] = []
+    while not found:  # building may take its time
+        found += server.poll(at_least=0.0, at_most=60.0)
     server.start("load_weights", weights(models, 1))
     server.start("logprobs", np.array(PROMPT, dtype=np.int32))
     answers: dict[str, Any] = {}

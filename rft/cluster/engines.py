@@ -28,6 +28,8 @@ START_SECONDS = 60.0
 TRIES = 2
 """Engines that may end with a prompt before it is suspected: a machine may go for reasons of its
 own. A suspect is given an engine for itself, and left out if that ends, too."""
+TRIALS = 8
+"""Suspects in a row that may end their engine; one that ends with more is broken itself."""
 
 
 @dataclass(frozen=True)
@@ -61,6 +63,8 @@ class _Member:
     spawned: float = 0.0
     deaths: int = 0
     """In a row, without a rollout in between."""
+    trials: int = 0
+    """Of these deaths, those that were the end of a trial."""
     alone: bool = False
     """Kept for suspects, one task at a time, from when it has done what it had."""
     trial: str = ""
@@ -84,9 +88,10 @@ class Engines:
     """`count` engines, of which `spawn(i)` starts the i-th.
 
     An engine without a sign of life for `heartbeat` seconds, or with a call that takes `deadline`
-    seconds, is taken for dead. After `restarts` deaths of one in a row, without a rollout in
-    between, RftError is raised with the cause of the first. Weights that are not `reloadable` can
-    be loaded once, when they are published: an engine that is restarted waits for the next ones.
+    seconds, is taken for dead. After `restarts` deaths of one in a row without a rollout between,
+    those over `TRIALS` suspects aside, RftError is raised with the cause of the first. Weights that
+    are not `reloadable` can be loaded once, when they are published: an engine that is restarted
+    waits for the next ones.
     """
 
     def __init__(
@@ -327,26 +332,28 @@ class Engines:
             del member.requests[number]
             self._deaths.pop(number, None)
         if known:
-            member.deaths = 0
+            member.deaths = member.trials = 0
             self._causes.pop(member.name, None)
         return known
 
     def _lost(self, member: _Member, cause: str) -> None:
         """Replace a member and find other hands for its requests."""
-        if not self._convicts(member):  # else it is known why it died
-            member.deaths += 1
-            first = self._causes.setdefault(member.name, cause)
-            if member.deaths > self._restarts:
-                raise RftError(
-                    f"{member.name} died {member.deaths} times in a row without a rollout in "
-                    f"between; the first time: {first}"
-                )
+        member.deaths += 1
+        member.trials += self._convicts(member)
+        first = self._causes.setdefault(member.name, cause)
+        if member.deaths - member.trials > self._restarts or member.trials > TRIALS:
+            raise RftError(
+                f"{member.name} died {member.deaths} times in a row without a rollout in between; "
+                f"the first time: {first}"
+            )
         self.restarted += 1
         self.news.append(f"{member.name} died and is restarted: {cause}")
         orphans = list(member.requests.values())
         self._cluster.kill(member.handle)
         number = self._members.index(member)
-        fresh = _Member(member.name, self._spawn(number), deaths=member.deaths)
+        fresh = _Member(
+            member.name, self._spawn(number), deaths=member.deaths, trials=member.trials
+        )
         self._members[number] = fresh
         self._bring_up(fresh)
         fresh.alone = member.alone and not fresh.behind

@@ -153,7 +153,7 @@ class RolloutConfig:
     replaced."""
     restarts: int = 3
     """Deaths of an engine in a row, without a finished rollout in between, that are mended; the
-    next one ends the run."""
+    next one ends the run. Those over a prompt that is tried alone are not counted."""
 
 
 @dataclass

@@ -127,10 +127,11 @@ def _import(part: Any) -> str | None:
     return None
 
 
-def _end(pid: int, workers: set[int]) -> int:
-    """Kill a worker and every orphan, which its children then are; the worker's exit status."""
-    if pid not in workers:  # it came from a nursery before this one, and went with it
-        return -signal.SIGKILL
+def _end(pid: int, workers: set[int]) -> int | None:
+    """Kill a worker and every orphan, which its children then are; the worker's exit status. None
+    for one that came from a nursery before this one, and went with it."""
+    if pid not in workers:
+        return None
     workers.discard(pid)
     os.kill(pid, signal.SIGKILL)  # ours until it is waited for, dead or not
     _, status = os.waitpid(pid, 0)

@@ -30,6 +30,8 @@ from rft.rewards.nursery import Closed, gone_is_closed, receive, send
 
 Item = tuple[Task, str, Finish]
 START_SECONDS = 60.0
+END_SECONDS = 60.0
+"""Until a worker that is killed has ended; a nursery that takes longer hangs."""
 CHUNK = 16
 """Most checks in one message to a worker."""
 
@@ -42,6 +44,8 @@ class _Chunk:
     items: list[Item]
     scores: list[Score] = field(default_factory=list)
     fault: BaseException | None = None
+    again: int = -1
+    """The check that is made a second time, by itself: all workers went in the first."""
 
 
 class VerifierPool:
@@ -64,6 +68,8 @@ class VerifierPool:
         self._nursery = _Nursery(verifier, memory_gib)
         self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._checked: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
+        self._second_time = threading.Lock()
+        """Whatever ended all workers the first time does so to no other's second."""
         try:  # a verifier that cannot be built, or lacks something, says so here
             first = _Worker(self._nursery)
             self._about = first.prepare(names)
@@ -127,10 +133,12 @@ class VerifierPool:
         while (chunk := self._queue.get()) is not None:
             try:
                 while len(chunk.scores) < len(chunk.items):
-                    if worker is None:
-                        worker = _Worker(self._nursery)
-                    if not worker.check(chunk, self._timeout):
-                        worker = None
+                    second = chunk.again == len(chunk.scores)
+                    with self._second_time if second else contextlib.nullcontext():
+                        if worker is None:
+                            worker = _Worker(self._nursery)
+                        if not worker.check(chunk, self._timeout):
+                            worker = None
             except Exception as error:  # noqa: BLE001  (the fault boundary: `poll` raises it)
                 chunk.fault = error
                 if worker is not None:  # what it still says would be taken for later scores
@@ -200,19 +208,21 @@ class _Nursery:
             raise Closed
         return struct.unpack("<q", data)[0], socket.socket(fileno=descriptors[0])
 
-    def end(self, pid: int) -> int:
-        """Kill a worker and what it left behind; its exit status. Raises RftError where the pool
-        was closed, and the worker with it: nobody is to blame then."""
+    def end(self, pid: int) -> int | None:
+        """Kill a worker and what it left behind; its exit status, or None where all workers went:
+        it is not known through which. Raises RftError where the pool was closed, and the worker
+        with it: nobody is to blame then."""
         with self._lock:
             try:
-                send(self._socket, {"kill": pid}, START_SECONDS)
-                return int(receive(self._socket, START_SECONDS)["status"])
+                send(self._socket, {"kill": pid}, END_SECONDS)
+                status: int | None = receive(self._socket, END_SECONDS)["status"]
+                return status
             except TimeoutError:  # stopped, say: its workers go with it, and `fork` makes another
                 self._process.kill()
             except Closed as error:  # it is gone, and its workers went with it
                 if self._closed:
                     raise self._lost(error) from error
-            return -signal.SIGKILL
+            return None
 
     def _lost(self, error: TimeoutError | Closed) -> RftError:
         """What it means that the nursery says nothing more."""
@@ -255,15 +265,24 @@ class _Worker:
     def __init__(self, nursery: _Nursery) -> None:
         self._nursery = nursery
         self._has_checked = False
-        self.pid, self.connection = nursery.fork()
         try:
-            fault = receive(self.connection, START_SECONDS)["fault"]
-        except (TimeoutError, Closed) as error:
-            self._end()
-            raise nursery.unbuilt(error) from error
+            fault = self._start()
+        except (TimeoutError, Closed) as first:
+            if self._end() is not None:
+                raise nursery.unbuilt(first) from first
+            try:  # what ended all workers was another's check
+                fault = self._start()
+            except (TimeoutError, Closed) as error:
+                self._end()
+                raise nursery.unbuilt(error) from error
         if fault:
             self._end()
             raise nursery.unbuilt(fault)
+
+    def _start(self) -> str | None:
+        self.pid, self.connection = self._nursery.fork()
+        fault: str | None = receive(self.connection, START_SECONDS)["fault"]
+        return fault
 
     def prepare(self, names: Sequence[str]) -> str:
         """Have the verifier made ready for these names; what it says it works with."""
@@ -278,9 +297,12 @@ class _Worker:
         return str(said["about"])
 
     def check(self, chunk: _Chunk, timeout: float) -> bool:
-        """Add the scores that `chunk` lacks. False where the process ended: if it was over one of
-        them that one has its score, and the rest wants another worker."""
-        rest = chunk.items[len(chunk.scores) :]
+        """Add the scores that `chunk` lacks, or one that is made a second time. False where the
+        process ended: if it was over one of them that one has its score, and the rest wants another
+        worker."""
+        first = len(chunk.scores)
+        second = chunk.again == first
+        rest = chunk.items[first : first + 1] if second else chunk.items[first:]
         # A task's rollouts share its tests, which may be megabytes: they are sent once.
         tasks = list({id(task): task for task, _, _ in rest}.values())
         place = {id(task): i for i, task in enumerate(tasks)}
@@ -300,13 +322,16 @@ class _Worker:
             return False
         except Closed:
             status = self._end()
-            if sent or not self._has_checked:  # else it ended while idle: none of these is to blame
+            if status is None and chunk.again != len(chunk.scores):
+                chunk.again = len(chunk.scores)  # this one or another worker's, who knows
+            elif sent or not self._has_checked:  # else it ended while idle: none is to blame
+                status = -signal.SIGKILL if status is None else status
                 why = f"the verifier's process ended with {status}"
                 chunk.scores.append(Score(0.0, "error", why))
             return False
         self._has_checked = True
         return True
 
-    def _end(self) -> int:
+    def _end(self) -> int | None:
         self.connection.close()
         return self._nursery.end(self.pid)

@@ -38,12 +38,13 @@ class LocalRunner:
         heard = 0
         try:
             while waiting or under_way:
-                if stop.times > heard:
+                times = stop.times  # read once: another signal may come at any moment
+                if times > heard:
                     waiting.clear()
-                    for _ in range(stop.times - heard):
+                    for _ in range(times - heard):
                         for _, child in under_way.values():
                             child.ask(stop.passed_on)
-                    heard = stop.times
+                    heard = times
                 for slot in range(self._parallel):
                     if waiting and slot not in under_way:
                         under_way[slot] = self._start(waiting.popleft(), slot, visible[slot])

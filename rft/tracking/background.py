@@ -56,12 +56,13 @@ class Background:
         self.dropped = 0
         threading.Thread(target=self._run, name=f"rft-{name}", daemon=True).start()
 
-    def send(self, record: Callable[[Sink], None]) -> None:
-        """Queue one call on the sink; returns at once."""
+    def send(self, record: Callable[[Sink], None], patience: float = 0.0) -> None:
+        """Queue one call on the sink; returns at once, or where the queue is full after `patience`
+        seconds."""
         if self._ended.is_set():
             return
         try:
-            self._queue.put_nowait(record)
+            self._queue.put(record, block=patience > 0.0, timeout=patience)
         except queue.Full:
             self.dropped += 1
 

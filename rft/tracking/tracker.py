@@ -64,9 +64,9 @@ class Tracker:
         self._console = Background("console", console, logging.getLogger(__name__).warning)
         self._sinks = []
         if config.wandb:
-            self._sinks.append(Background("wandb", wandb, self.message))
+            self._sinks.append(Background("wandb", wandb, self._trouble))
         if config.tensorboard:
-            self._sinks.append(Background("tensorboard", tensorboard, self.message))
+            self._sinks.append(Background("tensorboard", tensorboard, self._trouble))
 
     def step(self, step: int, metrics: dict[str, float]) -> None:
         """One step's metrics, under the names of DESIGN section 6."""
@@ -93,8 +93,12 @@ class Tracker:
         """A line for people."""
         self._console.send(lambda sink: sink.message(text))
 
+    def _trouble(self, text: str) -> None:
+        """What a sink has to say, once: worth a moment where the console is behind."""
+        self._console.send(lambda sink: sink.message(text), patience=CONSOLE_SECONDS)
+
     def close(self) -> None:
-        """Close everything, within 5 seconds whatever a sink does."""
+        """Close everything, within 7 seconds whatever a sink does."""
         self.files.close()
         deadline = time.monotonic() + CLOSE_SECONDS
         for sink in self._sinks:
