@@ -297,7 +297,7 @@ def checkpoint(run: Run) -> None:
 
     def fill(folder: Path) -> dict[str, Any]:
         run.learner.save(folder)  # meanwhile rounds may be drawn
-        # Of one moment: the scheduler must know of every round that is under way, and of no other.
+        # Of one moment: the scheduler must know of every round that is under way.
         under_way = run.collector.state()
         snapshot, progress.journal = run.scheduler.snapshot()
         (folder / "scheduler").mkdir()

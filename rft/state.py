@@ -41,6 +41,8 @@ def load_state(path: Path) -> State:
             for key in file.keys():  # noqa: SIM118  (safe_open is no mapping)
                 if key != SCALARS:
                     _insert(state, key, file.get_tensor(key))
+            if SCALARS not in file.keys():  # noqa: SIM118
+                raise ValueError("another program or version wrote it")
             for key, value in json.loads(file.get_tensor(SCALARS).tobytes()).items():
                 _insert(state, key, value)
     except (SafetensorError, OSError, KeyError, TypeError, ValueError) as error:

@@ -10,7 +10,15 @@ from typing import Any
 
 import pytest
 import torch
-from scripted import LONGEST, MortalCluster, MortalHandle, ScriptedEngine, ScriptedRun, Sent
+from scripted import (
+    LONGEST,
+    Lost,
+    MortalCluster,
+    MortalHandle,
+    ScriptedEngine,
+    ScriptedRun,
+    Sent,
+)
 
 from rft.cluster.base import Done
 from rft.cluster.engines import Engines
@@ -153,6 +161,16 @@ def test_what_an_engine_finished_before_it_died_over_an_interruption_is_not_aske
     assert done | {r.id for r in stopped} == set(range(6))
 
 
+def test_what_an_engine_finished_before_a_call_of_it_failed_is_taken() -> None:
+    cluster, engines = fleet(1)
+    engines.submit(asked(6))
+    first = run_out(cluster.parts["engine 0"])
+    member = engines._members[0]
+    member.polling, member.sent = Done(first), [Lost("out of memory")]
+    assert [number for number, _ in engines.poll(0.0)] == [number for number, _ in first]
+    assert drain(engines).keys() == set(range(6)) - {number for number, _ in first}
+
+
 def run_out(engine: ScriptedEngine) -> Any:
     """What it finishes until some are done and some are not."""
     found: list[Any] = []
@@ -182,11 +200,13 @@ class Remote(MortalCluster):
 
 def test_engines_are_not_replaced_because_nobody_listened() -> None:
     """The driver does something else for longer than the heartbeat; every engine has answered."""
-    _, engines = fleet(4, Remote(), heartbeat=1.5)
+    cluster = Remote()
+    _, engines = fleet(4, cluster, heartbeat=1.5)
     engines.load(Sent(1))
     engines.submit(asked(40))
     engines.poll(0.0)
     time.sleep(1.8)
+    cluster._seen = []  # what is asked of by now was not looked at yet
     found = dict(engines.poll(0.0)) | drain(engines)
     assert engines.restarted == 0
     assert found.keys() == set(range(40))
@@ -302,6 +322,64 @@ def test_an_engine_that_died_idle_is_replaced_and_gets_the_new_weights(
     assert engines.restarted == 1
     engines.submit(asked(8))
     assert {v for r in drain(engines).values() for v in r.version.tolist()} == {2}
+
+
+class Sleeping(Reading):
+    """As vLLM sleeps at `level`: it dies where `fatal` is called next, and must be awake to load,
+    and whole to compute."""
+
+    level, fatal = 1, ""
+
+    def __init__(self, **keys: Any) -> None:
+        super().__init__(**keys)
+        self.asleep: set[str] = set()
+
+    def start(self, method: str, *args: Any) -> None:
+        if self.fatal and method == self.fatal.split()[0] and [*args] == self.fatal.split()[1:]:
+            self.dead = f"it ran out of memory in {self.fatal}"
+            type(self).fatal = ""
+        else:
+            super().start(method, *args)
+
+    def _sleep(self) -> None:
+        assert not self.asleep
+        self.asleep = {"weights", "cache"}
+        self._whole = self._whole and self.level == 1
+
+    def _wake(self, what: str) -> None:
+        assert what == "weights" or self._whole
+        self.asleep.discard(what)
+
+    def _load(self, weights: Any) -> str:
+        assert "weights" not in self.asleep
+        self._whole = True
+        return super()._load(weights)
+
+    def _step(self) -> Any:
+        assert not self.asleep
+        assert self._whole
+        return super()._step()
+
+
+@pytest.mark.parametrize("level", [1, 2])
+@pytest.mark.parametrize("fatal", ["wake weights", "wake cache"])
+@pytest.mark.parametrize("newer", [True, False])
+def test_an_engine_that_dies_while_it_wakes_comes_back_awake(
+    monkeypatch: pytest.MonkeyPatch, level: int, fatal: str, newer: bool
+) -> None:
+    monkeypatch.setattr(Sleeping, "level", level)
+    cluster, engines = fleet(2, engine=Sleeping)
+    publishing = Publishing(cluster, [cluster.start("rank", Rank())], deadline=60)
+    publishing.load_into(engines, 1)
+    for version in (2, 3) if newer else (1, 1):
+        engines.submit(asked(8))
+        engines.sleep()
+        monkeypatch.setattr(Sleeping, "fatal", fatal)
+        if newer or not engines.wake():
+            publishing.load_into(engines, version)
+        assert drain(engines).keys() == set(range(8))
+        assert {*engines._deaths.values()} <= {0}
+    assert engines.restarted == 2
 
 
 class Channel:

@@ -184,13 +184,35 @@ def test_a_verifier_that_kills_its_parent_costs_its_own_score_and_the_pool_goes_
         pool.close()
 
 
-def test_a_check_beside_one_that_kills_all_workers_is_made_again() -> None:
-    pool = VerifierPool({"_target_": "verifiers_for_tests.Puppet"}, workers=2, timeout=100.0)
+@pytest.mark.parametrize("name", ["Puppet", "Slow"])
+def test_checks_beside_some_that_kill_all_workers_are_made_again(name: str) -> None:
+    """Three of 32; nobody else is blamed, also where workers are just being built, and no worker is
+    left that has lost its parent."""
+    before = orphans()
+    verifier = {"_target_": f"verifiers_for_tests.{name}"}
+    pool = VerifierPool(verifier, workers=4, timeout=100.0)
+    texts = ["sleep 0.3", "1", "0", "0.5"] * 8
+    killers = {1, 6, 20}
+    for i in killers:
+        texts[i] = "kill parent"
     try:
-        found = score(pool, "sleep 1", "kill parent", "sleep 1", "0")
-        assert [s.reason for s in found] == ["correct", "error", "correct", "wrong"]
+        found = score(pool, *texts)
+        reasons = {"1": "correct", "0": "wrong", "0.5": "partial", "sleep 0.3": "correct"}
+        reasons["kill parent"] = "error"
+        assert [s.reason for s in found] == [reasons[text] for text in texts]
+        assert all("ended with -9" in found[i].detail for i in killers)
     finally:
         pool.close()
+    assert orphans() <= before
+
+
+def orphans() -> set[int]:
+    """Workers and what they are forked from, without a parent."""
+    found = set()
+    for process in psutil.process_iter(["ppid", "cmdline"]):
+        if process.info["ppid"] == 1 and "rft.rewards.nursery" in (process.info["cmdline"] or []):
+            found.add(process.pid)
+    return found
 
 
 def test_half_a_surrogate_pair_and_megabytes_pass(pool: VerifierPool) -> None:

@@ -208,11 +208,23 @@ def test_a_run_that_fails_is_told_apart_and_the_others_go_on(tmp_path: Path) -> 
     }
 
 
+def heed() -> None:
+    """Tests in the background or under nohup ignore these, and so would whom they start."""
+    for number in (signal.SIGINT, signal.SIGHUP):
+        signal.signal(number, signal.SIG_DFL)
+
+
 def start(folder: Path, *more: str) -> subprocess.Popen[str]:
     """A sweep whose runs have begun."""
     call = arguments(folder, *more)
-    pipe = subprocess.PIPE
-    process = subprocess.Popen(call, env=ENV, stdout=pipe, stderr=subprocess.STDOUT, text=True)
+    process = subprocess.Popen(
+        call,
+        env=ENV,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        preexec_fn=heed,
+    )
     try:
         until(lambda: len([lines for lines in began(folder).values() if lines]) == 2, 120)
     except AssertionError:

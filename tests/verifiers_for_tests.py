@@ -65,6 +65,13 @@ class Puppet:
         return 1.0
 
 
+class Slow(Puppet):
+    """Takes its time to be built."""
+
+    def __init__(self) -> None:
+        time.sleep(0.3)
+
+
 class Whole(Puppet):
     """Says fractions without having declared them."""
 

@@ -212,15 +212,15 @@ class Engines:
         # Those before are overwritten by now; who is lost from here on comes up with none, and then
         # with these.
         self._weights = self._proof = None
-        if self._asleep:
+        asleep = self._asleep
+        if asleep:
             self._all("wake", "weights")
-        self._weights = weights
+        self._weights, self._asleep = weights, False  # nor need it sleep
         receipts: list[Receipt] = self._all("load_weights", weights)
         for member in self._members:
             member.behind = False
-        if self._asleep:
+        if asleep:
             self._all("wake", "cache")
-            self._asleep = False
         return receipts
 
     def settle(self) -> None:
@@ -263,8 +263,8 @@ class Engines:
         if self._asleep:
             if not all(self._all("wake", "weights")):
                 return False
+            self._asleep = False  # who is lost from here on comes up awake
             self._all("wake", "cache")
-            self._asleep = False
         return True
 
     # ---- engines that fail

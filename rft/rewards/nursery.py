@@ -91,6 +91,7 @@ def main(connection: socket.socket) -> None:
     # What a killed worker leaves behind comes to this process, which ends it.
     ctypes.CDLL(None).prctl(PR_SET_CHILD_SUBREAPER, 1)
     workers: set[int] = set()
+    me = os.getpid()
     with contextlib.suppress(Closed):
         verifier = receive(connection)
         send(connection, {"fault": _import(verifier["part"])})
@@ -102,6 +103,9 @@ def main(connection: socket.socket) -> None:
                 ours, theirs = socket.socketpair()
                 pid = os.fork()
                 if pid == 0:
+                    with_parent()
+                    if os.getppid() != me:  # it ended before that
+                        os._exit(1)
                     ours.close()
                     connection.close()
                     _work(theirs, **verifier)
@@ -198,7 +202,6 @@ def _prepare(verifier: Any, names: list[str]) -> dict[str, str | None]:
 
 def _isolate(memory_gib: float) -> None:
     os.setsid()  # a verifier that signals its group meets nobody else
-    with_parent()
     quiet = os.open(os.devnull, os.O_RDWR)  # a verifier that prints without end fills no log
     for descriptor in (0, 1, 2):
         os.dup2(quiet, descriptor)

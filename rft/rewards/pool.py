@@ -32,6 +32,8 @@ Item = tuple[Task, str, Finish]
 START_SECONDS = 60.0
 END_SECONDS = 60.0
 """Until a worker that is killed has ended; a nursery that takes longer hangs."""
+STARTS = 16
+"""Of a worker, where checks of others end all workers meanwhile."""
 CHUNK = 16
 """Most checks in one message to a worker."""
 
@@ -66,10 +68,10 @@ class VerifierPool:
     ) -> None:
         self.workers, self._timeout = workers, timeout
         self._nursery = _Nursery(verifier, memory_gib)
+        self._own: set[_Nursery] = set()
+        """Of checks that are made a second time."""
         self._queue: queue.SimpleQueue[_Chunk | None] = queue.SimpleQueue()
         self._checked: queue.SimpleQueue[_Chunk] = queue.SimpleQueue()
-        self._second_time = threading.Lock()
-        """Whatever ended all workers the first time does so to no other's second."""
         try:  # a verifier that cannot be built, or lacks something, says so here
             first = _Worker(self._nursery)
             self._about = first.prepare(names)
@@ -125,6 +127,8 @@ class VerifierPool:
         for _ in self._threads:
             self._queue.put(None)
         self._nursery.close()
+        for nursery in [*self._own]:
+            nursery.close()
         for thread in self._threads:
             thread.join()
 
@@ -133,12 +137,13 @@ class VerifierPool:
         while (chunk := self._queue.get()) is not None:
             try:
                 while len(chunk.scores) < len(chunk.items):
-                    second = chunk.again == len(chunk.scores)
-                    with self._second_time if second else contextlib.nullcontext():
-                        if worker is None:
-                            worker = _Worker(self._nursery)
-                        if not worker.check(chunk, self._timeout):
-                            worker = None
+                    if chunk.again == len(chunk.scores):
+                        self._check_again(chunk)
+                        continue
+                    if worker is None:
+                        worker = _Worker(self._nursery)
+                    if not worker.check(chunk, self._timeout):
+                        worker = None
             except Exception as error:  # noqa: BLE001  (the fault boundary: `poll` raises it)
                 chunk.fault = error
                 if worker is not None:  # what it still says would be taken for later scores
@@ -149,16 +154,32 @@ class VerifierPool:
         if worker is not None:
             worker.connection.close()
 
+    def _check_again(self, chunk: _Chunk) -> None:
+        """One check in a nursery of its own: what ends that is this check."""
+        nursery = self._nursery.another()
+        self._own.add(nursery)
+        try:
+            if self._nursery.closed:  # it may not have been seen by `close`
+                nursery.close()
+            _Worker(nursery).check(chunk, self._timeout)
+        finally:
+            self._own.discard(nursery)
+            nursery.close()
+
 
 class _Nursery:
     """The process that workers are forked from, and the lock on its one socket."""
 
     def __init__(self, verifier: dict[str, Any], memory_gib: float) -> None:
         self.name = str(verifier["_target_"])
-        self._settings = {"part": verifier, "memory_gib": memory_gib}
+        self._settings: dict[str, Any] = {"part": verifier, "memory_gib": memory_gib}
         self._lock = threading.Lock()
-        self._closed = False
+        self.closed = False
         self._start()
+
+    def another(self) -> _Nursery:
+        """One of the same kind."""
+        return _Nursery(self._settings["part"], self._settings["memory_gib"])
 
     def _start(self) -> None:
         self._socket, theirs = socket.socketpair()
@@ -190,7 +211,7 @@ class _Nursery:
             try:
                 return self._fork()
             except (TimeoutError, Closed) as error:  # a verifier may have killed or stopped it
-                if self._closed:
+                if self.closed:
                     raise self._lost(error) from error
                 self._hang_up()
             self._start()
@@ -220,13 +241,13 @@ class _Nursery:
             except TimeoutError:  # stopped, say: its workers go with it, and `fork` makes another
                 self._process.kill()
             except Closed as error:  # it is gone, and its workers went with it
-                if self._closed:
+                if self.closed:
                     raise self._lost(error) from error
             return None
 
     def _lost(self, error: TimeoutError | Closed) -> RftError:
         """What it means that the nursery says nothing more."""
-        if self._closed:
+        if self.closed:
             return RftError("the verifiers were closed while they checked")
         return self.unbuilt(error)
 
@@ -239,7 +260,7 @@ class _Nursery:
 
     def close(self) -> None:
         """End the nursery with its workers, for good."""
-        self._closed = True
+        self.closed = True
         self._shut()  # whoever has the lock need not wait for an answer
         with self._lock:
             self._hang_up()
@@ -265,16 +286,14 @@ class _Worker:
     def __init__(self, nursery: _Nursery) -> None:
         self._nursery = nursery
         self._has_checked = False
-        try:
-            fault = self._start()
-        except (TimeoutError, Closed) as first:
-            if self._end() is not None:
-                raise nursery.unbuilt(first) from first
-            try:  # what ended all workers was another's check
+        for left in reversed(range(STARTS)):
+            try:
                 fault = self._start()
+                break
             except (TimeoutError, Closed) as error:
-                self._end()
-                raise nursery.unbuilt(error) from error
+                # Where all workers ended, another's check may have done it.
+                if self._end() is not None or not left:
+                    raise nursery.unbuilt(error) from error
         if fault:
             self._end()
             raise nursery.unbuilt(fault)

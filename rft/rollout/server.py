@@ -23,9 +23,9 @@ class EngineServer:
 
     None of them computes: they wait for what the thread does, for as long as they are told and no
     longer, however long a step takes, or building the engine. An error of either is raised by every
-    later call, once what came before it was handed out: an `RftError` as it is, any other (out of
-    memory, say) as `PartDied`, which is also what a step or a call of more than `deadline` seconds
-    gives.
+    later call, by `poll` and `wait` once what came before it was handed out: an `RftError` as it
+    is, any other (out of memory, say) as `PartDied`, which is also what a step or a call of more
+    than `deadline` seconds gives.
     """
 
     def __init__(self, engine: dict[str, Any], *, deadline: float = 600.0, **kwargs: Any) -> None:

@@ -98,7 +98,7 @@ class Tracker:
         self._console.send(lambda sink: sink.message(text), patience=CONSOLE_SECONDS)
 
     def close(self) -> None:
-        """Close everything, within 7 seconds whatever a sink does."""
+        """Close everything, within 10 seconds whatever a sink does."""
         self.files.close()
         deadline = time.monotonic() + CLOSE_SECONDS
         for sink in self._sinks:
