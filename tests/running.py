@@ -19,7 +19,7 @@ ENV = os.environ | {
 }
 
 
-def until(true: Callable[[], object], seconds: float = 60.0) -> None:
+def until(true: Callable[[], object], seconds: float = 300.0) -> None:
     """Wait for something that another process or thread does."""
     end = time.monotonic() + seconds
     while not true():

@@ -325,7 +325,7 @@ def test_wandb_offline_stays_in_the_folder_and_leaves_no_process(
     tracked = tracker(tmp_path, console="plain", wandb=True)
     tracked.step(1, {**METRICS, "policy/kl": math.nan})
     tracked.evaluation(evaluation(1))
-    until(lambda: bool(list(tmp_path.glob("wandb/offline-run-*"))), 60)
+    until(lambda: bool(list(tmp_path.glob("wandb/offline-run-*"))))
     started = set(psutil.Process().children(recursive=True)) - before
     tracked.close()
     assert started
@@ -353,7 +353,7 @@ def test_a_hung_wandb_is_killed_with_all_its_processes(
     processes = started()
     assert len(processes) == 2
     sink.kill()
-    until(lambda: not any(map(alive, processes)), 2)
+    until(lambda: not any(map(alive, processes)))
 
 
 def test_a_wandb_that_cannot_start_says_why(
