@@ -41,16 +41,11 @@ class Channel:
 
 
 @dataclass(frozen=True, slots=True)
-class IpcWeights:
-    """Tensors that stay where they are, in the learner's memory on the engine's own GPUs.
-
-    `handles`: of each tensor, by GPU (its UUID), what opens it. Good until the learner is told that
-    all engines have answered.
-    """
+class _OnDevice:
+    """What both handles tell: the values never pass here, version and layout do."""
 
     version: int
     layout: Layout
-    handles: tuple[dict[str, Any], ...]
 
     @property
     def checksum(self) -> str:
@@ -64,6 +59,17 @@ class IpcWeights:
     def verify(self) -> str:
         """As `DeviceWeights.verify`."""
         return self.checksum
+
+
+@dataclass(frozen=True, slots=True)
+class IpcWeights(_OnDevice):
+    """Tensors that stay where they are, in the learner's memory on the engine's own GPUs.
+
+    `handles`: of each tensor, by GPU (its UUID), what opens it. Good until the learner is told that
+    all engines have answered.
+    """
+
+    handles: tuple[dict[str, Any], ...]
 
     def load_into(self, llm: Any) -> None:
         """As `DeviceWeights.load_into`."""
@@ -72,25 +78,10 @@ class IpcWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class NcclWeights:
+class NcclWeights(_OnDevice):
     """Tensors that rank 0 of the learner broadcasts over `channel` while all engines load."""
 
-    version: int
-    layout: Layout
     channel: Channel
-
-    @property
-    def checksum(self) -> str:
-        """xxh3-128 of layout and version."""
-        return layout_checksum(self.layout, self.version)
-
-    @property
-    def nbytes(self) -> int:
-        return self.layout.size
-
-    def verify(self) -> str:
-        """As `DeviceWeights.verify`."""
-        return self.checksum
 
     def load_into(self, llm: Any) -> None:
         """As `DeviceWeights.load_into`; joins the channel's group first where this is its first
