@@ -10,7 +10,10 @@ import math
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
+import numpy as np
 import pytest
 from matplotlib.figure import Figure
 from runs_for_tests import add_rollouts, make_run
@@ -19,7 +22,8 @@ from rft import report
 from rft.errors import RftError
 from rft.reporting.arms import Arm, find_runs
 from rft.reporting.comparison import Comparison, compare, write
-from rft.reporting.figures import _legend
+from rft.reporting.figures import _curves, _legend
+from rft.reporting.milestones import CLOCKS, Curve
 from rft.reporting.settings import labels
 from rft.reporting.tables import Cell, Table, as_csv, latex, markdown, summary_rows
 
@@ -688,3 +692,17 @@ def test_the_command(runs: Path, tmp_path: Path) -> None:
 def test_comparing_needs_neither_torch_nor_vllm() -> None:
     code = "import rft.report, sys; assert not {'torch', 'vllm', 'ray'} & {*sys.modules}"
     subprocess.run([sys.executable, "-c", code], check=True, timeout=60)
+
+
+def test_one_arm_that_spends_much_more_does_not_squeeze_the_others() -> None:
+    def arm(label: str, tokens: float) -> Any:
+        curve = Curve(np.array([0.2, 0.5]), {clock: np.array([0.0, tokens]) for clock in CLOCKS})
+        return SimpleNamespace(label=label, members=[SimpleNamespace(curves={"test": curve})])
+
+    figure = Figure()
+    _curves(figure, [arm("a", 1000.0), arm("b", 1100.0), arm("c", 50_000.0)], ["test"])
+    assert figure.axes[1].get_xlim()[1] == pytest.approx(1650.0)
+    assert figure.axes[1].get_xlabel() == "tokens (the longest arm: 50,000)"
+    figure = Figure()
+    _curves(figure, [arm("a", 1000.0), arm("b", 1100.0)], ["test"])
+    assert figure.axes[1].get_xlabel() == "tokens"

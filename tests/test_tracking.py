@@ -200,6 +200,19 @@ def test_a_hung_sink_drops_and_counts_and_is_left_at_the_deadline() -> None:
     ]
 
 
+def test_a_record_that_is_worth_waiting_for_comes_through_a_full_queue() -> None:
+    gate, seen = threading.Event(), list[int]()
+    background = Background("slow", Sink, print, capacity=1)
+    background.send(lambda sink: gate.wait() and None)
+    until(background._queue.empty)
+    background.send(lambda sink: seen.append(1))
+    threading.Timer(0.2, gate.set).start()
+    background.send(lambda sink: seen.append(2), patience=60.0)
+    background.finish(time.monotonic() + 60)
+    background.close(time.monotonic() + 60)
+    assert seen == [1, 2]
+
+
 def test_a_sink_that_raises_is_turned_off_with_one_message() -> None:
     said: list[str] = []
     background = Background("bad", Raises, said.append)
