@@ -138,6 +138,7 @@ def test_the_sweep_of_an_experiment_file_needs_no_flag(tmp_path: Path) -> None:
     }
     assert not (tmp_path / "mine" / "scheduler=bots,seed=1").exists()
     command = shlex.split(one["scheduler=bots,seed=1"])
+    assert not any(word.startswith("dry_run") for word in command)
     (tmp_path / "mine" / "scheduler=bots,seed=1").mkdir()
     check(subprocess.run(command, env=ENV, capture_output=True, text=True, timeout=300))
     assert (tmp_path / "mine" / "scheduler=bots,seed=1" / "done").exists()

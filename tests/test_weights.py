@@ -550,6 +550,10 @@ def test_vllm_takes_the_updates_that_engines_hand_it() -> None:
     layout = Layout.of([("w", torch.empty(2, 3, dtype=torch.bfloat16, device="meta"))])
     ipc = IpcWeights(1, layout, ({"GPU-1": ("opens",)},))
     ipc.load_into(calls)
+    other = Layout.of([("w", torch.empty(3, 2, dtype=torch.bfloat16, device="meta"))])
+    apart = {IpcWeights(v, of, ()).verify() for v in (1, 2) for of in (layout, other)}
+    assert len(apart) == 4
+    assert ipc.verify() in apart
     store = torch.distributed.TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     store.set("nccl_port", "1234")
     nccl = NcclWeights(1, layout, Channel("127.0.0.1", store.port, workers=3))
